@@ -1,0 +1,7 @@
+"""NEO-ov, the vision-language model without a vision encoder, in JAX for TPUs."""
+
+from neo_jax.data.image import preprocess_image, smart_resize
+from neo_jax.errors import InputError
+from neo_jax.infer.pipeline import Pipeline, load
+
+__all__ = ["InputError", "Pipeline", "load", "preprocess_image", "smart_resize"]

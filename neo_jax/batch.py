@@ -1,0 +1,49 @@
+"""The batch: the one contract between `data` and `model`.
+
+A batch is a dict of fixed-shape arrays. All raggedness (lengths, images per record, image
+sizes) dies in the data pipeline, so a program compiled for one batch serves every batch of
+that shape. A row holds one or several documents one after the other, then padding.
+
+key        shape       dtype    meaning
+tokens     [B, L]      int32    token ids; anything at padding
+segments   [B, L]      int32    number of the document in its row, from 1; 0 is padding
+thw        [B, L, 3]   int32    position on the T, H and W axes; T restarts in each document
+is_image   [B, L]      bool     True where the embedding comes from the picture
+patches    [B, P, C]   uint8    flattened patches (channel, y, x) in 2x2 block order; a row's
+                                m-th image token is made of patches 4m..4m+3. Or float32, if
+                                already normalised.
+patch_hw   [B, P, 2]   int32    row and column of each patch on its image's 16-pixel grid
+
+P may be 0 for text. Why 2x2 block order: both convolutions are then matrix products.
+
+    patch grid 2 x 4, row-major      0 1 2 3      block order  0 1 4 5 | 2 3 6 7
+                                     4 5 6 7
+"""
+
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from neo_jax.sharding import batch_rows, put
+
+Batch = Mapping[str, jax.Array]
+
+# ImageNet statistics by which patches are normalised, per channel.
+IMAGE_MEAN = np.array((0.485, 0.456, 0.406), np.float32)
+IMAGE_STD = np.array((0.229, 0.224, 0.225), np.float32)
+
+RANK = {"tokens": 2, "segments": 2, "thw": 3, "is_image": 2, "patches": 3, "patch_hw": 3}
+
+
+def to_device(batch: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
+    """Places a host batch on the mesh, rows split over it; adds padding rows to fill it."""
+    rows = batch["tokens"].shape[0]
+    missing = -rows % batch_rows(mesh)
+
+    def place(name: str) -> jax.Array:
+        array = np.pad(batch[name], [(0, missing)] + [(0, 0)] * (RANK[name] - 1))
+        return put(array, mesh, "batch", *[None] * (RANK[name] - 1))
+
+    return {name: place(name) for name in batch}

@@ -1,0 +1,127 @@
+"""The checkpoint's tokenizer: Qwen2's byte-level BPE with NEO's tokens after it.
+
+Read from `tokenizer.json`, or built from the slow files (`vocab.json`, `merges.txt`,
+`added_tokens.json` and the two configs) when that is all there is. Same ids either way.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from neo_jax.errors import InputError
+
+# Qwen2's splitting: contractions, words, single digits, punctuation, line ends, other space.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+IMAGE_CONTEXT, IMAGE_START, IMAGE_END = "<IMG_CONTEXT>", "<img>", "</img>"
+TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
+
+
+class NeoTokenizer:
+    """Text to ids and back, and the ids that the model treats specially.
+
+    Attributes:
+      image_context_id, image_start_id, image_end_id: of <IMG_CONTEXT>, <img>, </img>.
+      turn_end_id: of <|im_end|>, at which an answer stops.
+      vocab_size: one more than the highest id.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, name: str):
+        self._tokenizer = tokenizer
+        wanted = (IMAGE_CONTEXT, IMAGE_START, IMAGE_END, TURN_START, TURN_END)
+        ids = {token: tokenizer.token_to_id(token) for token in wanted}
+        missing = [token for token, number in ids.items() if number is None]
+        if missing:
+            raise InputError(f"{name}: the tokenizer lacks {', '.join(missing)}: not NEO's")
+        self.image_context_id = ids[IMAGE_CONTEXT]
+        self.image_start_id = ids[IMAGE_START]
+        self.image_end_id = ids[IMAGE_END]
+        self.turn_end_id = ids[TURN_END]
+        self.vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
+
+    @classmethod
+    def from_directory(cls, directory: str | Path) -> "NeoTokenizer":
+        """Reads the tokenizer files of a checkpoint directory; InputError names what is wrong."""
+        directory = Path(directory)
+        path = directory / "tokenizer.json"
+        if not path.exists():
+            return cls(_from_slow_files(directory), str(directory))
+        try:
+            return cls(Tokenizer.from_file(str(path)), str(path))
+        except InputError:
+            raise
+        except Exception as error:  # the library raises bare Exception
+            raise InputError(f"{path}: not a tokenizer: {error}") from error
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+
+def _from_slow_files(directory: Path) -> Tokenizer:
+    def read(name: str, required: bool = True) -> dict:
+        path = directory / name
+        if not path.exists():
+            if required:
+                raise InputError(f"{directory}: neither tokenizer.json nor {name} is there")
+            return {}
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{path}: {error}") from error
+
+    read("vocab.json")
+    merges = directory / "merges.txt"
+    if not merges.exists():
+        raise InputError(f"{directory}: neither tokenizer.json nor merges.txt is there")
+    try:
+        tokenizer = Tokenizer(models.BPE.from_file(str(directory / "vocab.json"), str(merges)))
+    except Exception as error:  # the library raises bare Exception
+        raise InputError(f"{directory}: vocab.json and merges.txt: {error}") from error
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    added = _added_tokens(
+        read("added_tokens.json", required=False),
+        read("tokenizer_config.json", required=False),
+        read("special_tokens_map.json", required=False),
+    )
+    for number, token in sorted(added.items()):
+        add = tokenizer.add_special_tokens if token.special else tokenizer.add_tokens
+        add([token])
+        got = tokenizer.token_to_id(token.content)
+        if got != number:
+            raise InputError(
+                f"{directory}: added token {token.content} should have id {number}, not {got}: "
+                "ids must follow vocab.json without a gap"
+            )
+    return tokenizer
+
+
+def _added_tokens(added: dict, config: dict, special_map: dict) -> dict[int, AddedToken]:
+    """Id -> token. Which are special is said by the config, or else by the special map."""
+    special = {config.get("eos_token"), config.get("pad_token")}
+    for value in special_map.values():
+        for token in value if isinstance(value, list) else [value]:
+            special.add(token["content"] if isinstance(token, dict) else token)
+    tokens = {
+        number: AddedToken(content, special=content in special, normalized=False)
+        for content, number in added.items()
+    }
+    for number, fields in config.get("added_tokens_decoder", {}).items():
+        names = ("single_word", "lstrip", "rstrip", "normalized", "special")
+        flags = {name: bool(fields.get(name, False)) for name in names}
+        tokens[int(number)] = AddedToken(fields["content"], **flags)
+    return tokens

@@ -1,0 +1,115 @@
+"""THW attention: heads whose channels are divided among the three position axes.
+
+A query or key head is J channels wide: T channels from `q_t`, H and W channels from `q_hw`, each
+part with its own norm and rotation. Channels are kept in halves, [T1 H1 W1 | T2 H2 W2], where a
+rotation turns a channel of the first half with the same channel of the second. Then all three
+rotations are one, and all three norms one product with a block-diagonal matrix.
+
+The layouts differ in little: "expanded" has T and H/W of head_dim each; "fused" (U1) of
+head_dim / 2 each; "fused" and "expanded_merged_norm" have one norm over H and W together.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from neo_jax.config import ModelConfig
+from neo_jax.model import layers
+from neo_jax.sharding import spec
+
+Rotary = tuple[jax.Array, jax.Array]
+# q [B, T, N, J], k [B, T, K, J], v [B, T, K, H] -> attended [B, T, N, H], and what to carry on.
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+
+
+class Attention(nnx.Module):
+    def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs):
+        self.cfg = c
+        d, n, k, h = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        t, hw = c.t_width, c.hw_width
+        heads = ("embed", "heads", None)
+        self.q_t_dnh = layers.matrix(rngs, (d, n, t), *heads)
+        self.q_hw_dnh = layers.matrix(rngs, (d, n, hw), *heads)
+        self.k_t_dkh = layers.matrix(rngs, (d, k, t), *heads)
+        self.k_hw_dkh = layers.matrix(rngs, (d, k, hw), *heads)
+        self.v_dkh = layers.matrix(rngs, (d, k, h), *heads)
+        self.o_nhd = layers.matrix(rngs, (n, h, d), "heads", None, "embed")
+        self.q_norm_t, self.k_norm_t = layers.ones(t), layers.ones(t)
+        if c.qk_layout == "expanded":
+            self.q_norm_h, self.q_norm_w = layers.ones(hw // 2), layers.ones(hw // 2)
+            self.k_norm_h, self.k_norm_w = layers.ones(hw // 2), layers.ones(hw // 2)
+        else:
+            self.q_norm_hw, self.k_norm_hw = layers.ones(hw), layers.ones(hw)
+
+    def __call__(self, x_btd: jax.Array, rotary: Rotary, attend: Attend) -> tuple[jax.Array, Any]:
+        """[B, T, D] -> [B, T, D], and whatever `attend` wants carried on."""
+        z_btnh, carried = attend(*self.heads(x_btd, rotary))
+        out = spec("batch", None, None)
+        return layers.einsum("btnh,nhd->btd", z_btnh, self.o_nhd, out=out), carried
+
+    def heads(self, x_btd: jax.Array, rotary: Rotary) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Normed and rotated queries [B, T, N, J] and keys [B, T, K, J]; values [B, T, K, H]."""
+        with jax.named_scope("qkv"):
+            q_btnj = _project(x_btd, self.q_t_dnh, self.q_hw_dnh)
+            k_btkj = _project(x_btd, self.k_t_dkh, self.k_hw_dkh)
+            v_btkh = layers.einsum("btd,dkh->btkh", x_btd, self.v_dkh)
+        with jax.named_scope("norm_rope"):
+            q_btnj = self._norm_and_rotate(q_btnj, self._scale("q"), rotary)
+            k_btkj = self._norm_and_rotate(k_btkj, self._scale("k"), rotary)
+        return q_btnj, k_btkj, v_btkh
+
+    def _scale(self, which: str) -> jax.Array:
+        """[J] scale of the norms of queries or keys, in the heads' channel order."""
+        if self.cfg.qk_layout == "expanded":
+            h, w = getattr(self, which + "_norm_h"), getattr(self, which + "_norm_w")
+            hw = join_halves(h[...], w[...])
+        else:
+            hw = getattr(self, which + "_norm_hw")[...]
+        t = getattr(self, which + "_norm_t")[...]
+        return join_halves(t, hw).astype(jnp.float32)
+
+    def _norm_and_rotate(self, x: jax.Array, scale_j: jax.Array, rotary: Rotary) -> jax.Array:
+        first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+        mean_square = jnp.einsum(
+            "btnj,ji->btni",
+            first * first + second * second,
+            _averaging_matrix(self.cfg),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        inverse = jax.lax.rsqrt(mean_square + self.cfg.rms_norm_eps)
+        normed = jnp.concatenate([first * inverse, second * inverse], axis=-1) * scale_j
+        return layers.rotate(normed, *rotary).astype(x.dtype)
+
+
+def join_halves(a: jax.Array, b: jax.Array) -> jax.Array:
+    """[A1 A2], [B1 B2] -> [A1 B1 A2 B2] on the last axis."""
+    (a1, a2), (b1, b2) = jnp.split(a, 2, axis=-1), jnp.split(b, 2, axis=-1)
+    return jnp.concatenate([a1, b1, a2, b2], axis=-1)
+
+
+def _project(x_btd: jax.Array, t_dnh: jax.Array, hw_dnh: jax.Array) -> jax.Array:
+    """Heads from both weights, [T1 H1 W1 | T2 H2 W2].
+
+    Joins whichever is smaller: the weights for a long sequence, the heads in decoding.
+    """
+    b, t, d = x_btd.shape
+    if b * t > d:
+        weight = join_halves(layers.whole(t_dnh, x_btd.dtype), layers.whole(hw_dnh, x_btd.dtype))
+        return layers.einsum("btd,dnj->btnj", x_btd, weight)
+    return join_halves(
+        layers.einsum("btd,dnh->btnh", x_btd, t_dnh),
+        layers.einsum("btd,dnh->btnh", x_btd, hw_dnh),
+    )
+
+
+def _averaging_matrix(c: ModelConfig) -> np.ndarray:
+    """[J/2, J/2]: sums of squares of a half -> mean square of the channel's norm group."""
+    t, hw = c.t_width // 2, c.hw_width // 2
+    sizes = [t, hw // 2, hw // 2] if c.qk_layout == "expanded" else [t, hw]
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    in_group = group[:, None] == group[None, :]
+    return (in_group / (2 * np.take(sizes, group))).astype(np.float32)

@@ -1,0 +1,95 @@
+"""The decoder's blocks and how a stack of them runs: one scan, optionally rematerialised.
+
+Pre-Buffer and post-LLM are two stacks of the same block; they see the same mask and differ in
+origin and in what a training stage trains.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from neo_jax.config import ModelConfig
+from neo_jax.model import layers
+from neo_jax.model.attention import Attend, Attention, Rotary
+from neo_jax.sharding import spec
+
+# What the backward pass keeps of a block: everything, or only its input, or its products too.
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Mlp(nnx.Module):
+    """SwiGLU."""
+
+    def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs):
+        d, f = c.hidden_size, c.intermediate_size
+        self.gate_df = layers.matrix(rngs, (d, f), "embed", "ffw")
+        self.up_df = layers.matrix(rngs, (d, f), "embed", "ffw")
+        self.down_fd = layers.matrix(rngs, (f, d), "ffw", "embed")
+
+    def __call__(self, x_btd: jax.Array) -> jax.Array:
+        gate_btf = layers.einsum("btd,df->btf", x_btd, self.gate_df)
+        up_btf = layers.einsum("btd,df->btf", x_btd, self.up_df)
+        y_btf = jax.nn.silu(gate_btf) * up_btf
+        return layers.einsum("btf,fd->btd", y_btf, self.down_fd, out=spec("batch", None, None))
+
+
+class Block(nnx.Module):
+    """Pre-norm residual block, as in Qwen3."""
+
+    def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs):
+        self.cfg = c
+        self.attention_norm = layers.ones(c.hidden_size)
+        self.attention = Attention(c, rngs=rngs)
+        self.mlp_norm = layers.ones(c.hidden_size)
+        self.mlp = Mlp(c, rngs=rngs)
+
+    def __call__(self, x_btd: jax.Array, rotary: Rotary, attend: Attend) -> tuple[jax.Array, Any]:
+        eps = self.cfg.rms_norm_eps
+        with jax.named_scope("attention"):
+            y_btd = layers.rms_norm(x_btd, self.attention_norm, eps)
+            y_btd, carried = self.attention(y_btd, rotary, attend)
+        x_btd = x_btd + y_btd
+        with jax.named_scope("mlp"):
+            x_btd = x_btd + self.mlp(layers.rms_norm(x_btd, self.mlp_norm, eps))
+        return x_btd, carried
+
+
+def stack(c: ModelConfig, rngs: nnx.Rngs, size: int) -> Block:
+    """`size` blocks as one whose parameters have a leading layer axis."""
+    keys = jax.random.split(rngs.params(), size)
+    return jax.vmap(lambda key: Block(c, rngs=nnx.Rngs(key)))(keys)
+
+
+def run(
+    blocks: Block, x_btd: jax.Array, body: Callable, carry: Any = None, remat: str = "none"
+) -> tuple[jax.Array, Any, Any]:
+    """Scans `body` over a stack.
+
+    Args:
+      blocks: from `stack`.
+      x_btd: [B, T, D].
+      body: (block, layer, x_btd, carry) -> x_btd, carry, output.
+      carry: what blocks hand on besides x, such as a cache that is written in place.
+      remat: a name in REMAT_POLICIES.
+
+    Returns:
+      x_btd, the last carry, and the outputs stacked on a leading layer axis.
+    """
+    if blocks.mlp_norm.shape[0] == 0:
+        return x_btd, carry, None
+
+    def step(state, block_and_layer):
+        x_btd, carry, output = body(*block_and_layer, *state)
+        return (x_btd, carry), output
+
+    if remat != "none":
+        step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    layer_index = jax.numpy.arange(blocks.mlp_norm.shape[0])
+    (x_btd, carry), outputs = jax.lax.scan(step, (x_btd, carry), (blocks, layer_index))
+    return x_btd, carry, outputs

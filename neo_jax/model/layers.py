@@ -1,0 +1,61 @@
+"""The few pieces that every module of the model is made of: parameters, products, norms, rotation.
+
+Dimension letters, the same in every name and einsum: b batch, t / s query / key position,
+d hidden, n / k query / kv heads, h value head, j query-key head, f feed-forward, v vocabulary,
+l layer, p patch, c numbers in a patch, e channels between the two convolutions, m visual token.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from neo_jax.sharding import gathered, spec
+
+
+def matrix(rngs: nnx.Rngs, shape: tuple[int, ...], *names: str | None) -> nnx.Param:
+    """A parameter drawn from N(0, 0.02), split over the mesh by its dimensions' names."""
+    return nnx.Param(
+        jax.nn.initializers.normal(0.02)(rngs.params(), shape), out_sharding=spec(*names)
+    )
+
+
+def uniform(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, *names: str | None) -> nnx.Param:
+    """A parameter drawn from U(+-1/sqrt(fan_in)), as convolutions start."""
+    bound = fan_in**-0.5
+    value = jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
+    return nnx.Param(value, out_sharding=spec(*names))
+
+
+def ones(size: int) -> nnx.Param:
+    """The scale of a norm."""
+    return nnx.Param(jnp.ones(size), out_sharding=P(None))
+
+
+def whole(weight: jax.Array, dtype: str) -> jax.Array:
+    """A weight ready to compute with: cast, then gathered over `fsdp`, so half the bytes move."""
+    weight = weight[...].astype(dtype)
+    return jax.sharding.reshard(weight, gathered(jax.typeof(weight).sharding.spec))
+
+
+def einsum(equation: str, x: jax.Array, weight: jax.Array, *, out: P | None = None) -> jax.Array:
+    """A product of activations and a weight in the activations' type.
+
+    Float32 really is float32: TPUs and GPUs would otherwise round the factors first.
+    """
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.einsum(equation, x, whole(weight, x.dtype), precision=precision, out_sharding=out)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) * scale over the last axis, in float32, returned in x's type."""
+    x32 = x.astype(jnp.float32)
+    mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
+    y32 = x32 * jax.lax.rsqrt(mean_square + eps) * scale[...].astype(jnp.float32)
+    return y32.astype(x.dtype)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turns the pairs (i, i + half) of the last axis by their angles; cos, sin [..., half]."""
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

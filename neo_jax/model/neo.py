@@ -1,0 +1,192 @@
+"""The model: a batch to logits, and the two halves of generation.
+
+`init_params` makes a plain nested dict; `bind` puts it back into modules, inside jit only. That
+keeps optimizers, checkpoints and the converter ignorant of Flax.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from neo_jax.batch import Batch
+from neo_jax.config import ModelConfig
+from neo_jax.kernels.interval_attention import interval_attention
+from neo_jax.kernels.intervals import intervals
+from neo_jax.model import cache as kv
+from neo_jax.model import decoder, layers
+from neo_jax.model.patch_embed import PatchEmbed
+from neo_jax.model.rope import thw_rotary
+from neo_jax.sharding import AXES, make_mesh, spec
+
+
+class Neo(nnx.Module):
+    def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs):
+        self.cfg = c
+        self.patch_embed = PatchEmbed(c, rngs=rngs)
+        self.embed = layers.matrix(rngs, (c.vocab_size, c.hidden_size), "vocab", "embed")
+        self.pre_buffer = decoder.stack(c, rngs, c.num_pre_buffer_layers)
+        self.post_llm = decoder.stack(c, rngs, c.num_post_llm_layers)
+        self.final_norm = layers.ones(c.hidden_size)
+        if not c.tie_word_embeddings:
+            self.lm_head = layers.matrix(rngs, (c.vocab_size, c.hidden_size), "vocab", "embed")
+
+    def __call__(self, batch: Batch, remat: str = "none") -> jax.Array:
+        """Logits [B, L, V] float32 of every token of a batch (`batch.py`)."""
+        return self.logits(self.normed(self.trunk(batch, _nothing, remat)[0]))
+
+    def hidden_states(self, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Input embeddings [B, L, D], residual stream after each layer [l, B, L, D], final norm."""
+        x_btd, outputs = self.trunk(batch, lambda x_btd, k, v: x_btd)
+        layers_lbtd = jnp.concatenate([x for x in outputs if x is not None])
+        return self.inputs(batch), layers_lbtd, self.normed(x_btd)
+
+    def prefill(self, batch: Batch) -> tuple[jax.Array, kv.Cache]:
+        """Logits [B, V] of each row's last token and the cache [.., S = L, ..] behind them.
+
+        Each row holds one document.
+        """
+        x_btd, outputs = self.trunk(batch, lambda x_btd, k, v: (k, v))
+        length_b = jnp.sum(batch["segments"] > 0, axis=1, dtype=jnp.int32)
+        last_b = jnp.maximum(length_b - 1, 0)
+        pick = jax.vmap(lambda row, index: row[index])
+        cache = dict(zip(kv.STACKS, outputs, strict=True))
+        cache |= {"length_b": length_b, "t_b": pick(batch["thw"][..., 0], last_b) + 1}
+        return self.logits(self.normed(pick(x_btd, last_b)[:, None]))[:, 0], cache
+
+    def decode(self, tokens_b: jax.Array, cache: kv.Cache) -> tuple[jax.Array, kv.Cache]:
+        """One more token per row: [B] ids -> logits [B, V] and the cache with it written."""
+        c, length_b1 = self.cfg, cache["length_b"][:, None]
+        zero_b1 = jnp.zeros_like(length_b1)
+        thw_b13 = jnp.stack([cache["t_b"][:, None], zero_b1, zero_b1], axis=-1)
+        rotary = thw_rotary(thw_b13, c.t_width, c.hw_width, c.rope_theta, c.rope_theta_hw)
+
+        def body(block, layer, x_btd, keys_values):
+            def attend(q_btnj, k_btkj, v_btkh):
+                k, v = (
+                    kv.write(old, new, layer, cache["length_b"])
+                    for old, new in zip(keys_values, (k_btkj, v_btkh), strict=True)
+                )
+                z_btnh = interval_attention(
+                    q_btnj, kv.read(k, layer), kv.read(v, layer), zero_b1, length_b1 + 1,
+                    c.head_dim**-0.5,
+                )  # fmt: skip
+                return z_btnh, (k, v)
+
+            x_btd, keys_values = block(x_btd, rotary, attend)
+            return x_btd, keys_values, None
+
+        x_btd = self._lookup(tokens_b[:, None])
+        grown = {"length_b": cache["length_b"] + 1, "t_b": cache["t_b"] + 1}
+        for name in kv.STACKS:
+            x_btd, grown[name], _ = decoder.run(getattr(self, name), x_btd, body, cache[name])
+        return self.logits(self.normed(x_btd))[:, 0], grown
+
+    def trunk(self, batch: Batch, emit, remat: str = "none"):
+        """Runs all layers; returns x [B, L, D] and what `emit(x, k, v)` gives, per stack."""
+        c = self.cfg
+        thw_bt3 = batch["thw"]
+        start_bt, end_bt = intervals(thw_bt3[..., 0], batch["segments"])
+        rotary = thw_rotary(thw_bt3, c.t_width, c.hw_width, c.rope_theta, c.rope_theta_hw)
+
+        def attend(q_btnj, k_btkj, v_btkh):
+            z_btnh = interval_attention(q_btnj, k_btkj, v_btkh, start_bt, end_bt, c.head_dim**-0.5)
+            return z_btnh, (k_btkj, v_btkh)
+
+        def body(block, layer, x_btd, carry):
+            x_btd, keys_values = block(x_btd, rotary, attend)
+            return x_btd, carry, emit(x_btd, *keys_values)
+
+        x_btd = self.inputs(batch)
+        x_btd, _, pre_buffer = decoder.run(self.pre_buffer, x_btd, body, remat=remat)
+        x_btd, _, post_llm = decoder.run(self.post_llm, x_btd, body, remat=remat)
+        return x_btd, (pre_buffer, post_llm)
+
+    def inputs(self, batch: Batch) -> jax.Array:
+        """Decoder input [B, L, D]: embedding rows, with the visual tokens in their places."""
+        x_btd = self._lookup(batch["tokens"])
+        if batch["patches"].shape[1] == 0:
+            return x_btd
+        with jax.named_scope("patch_embed"):
+            z_bmd = self.patch_embed(batch["patches"], batch["patch_hw"])
+        index_bt = jnp.cumsum(batch["is_image"], axis=1) - 1
+        visual_btd = jax.vmap(lambda z_md, index_t: z_md.at[index_t].get(mode="clip"))(
+            z_bmd, index_bt
+        )
+        return jnp.where(batch["is_image"][..., None], visual_btd, x_btd)
+
+    def normed(self, x_btd: jax.Array) -> jax.Array:
+        return layers.rms_norm(x_btd, self.final_norm, self.cfg.rms_norm_eps)
+
+    def logits(self, y_btd: jax.Array) -> jax.Array:
+        """[B, T, D] normed -> [B, T, V] float32."""
+        head_vd = self.embed if self.cfg.tie_word_embeddings else self.lm_head
+        return jnp.einsum(
+            "btd,vd->btv",
+            y_btd,
+            layers.whole(head_vd, y_btd.dtype),
+            preferred_element_type=jnp.float32,
+            precision=jax.lax.Precision.HIGHEST if y_btd.dtype == jnp.float32 else None,
+        )
+
+    def _lookup(self, tokens_bt: jax.Array) -> jax.Array:
+        """Embedding rows [B, T, D]; each shard of the vocabulary gives the rows it has."""
+
+        def local(table_vd, tokens_bt):
+            first = jax.lax.axis_index(AXES["vocab"]) * table_vd.shape[0]
+            row_bt = tokens_bt - first
+            is_here = (row_bt >= 0) & (row_bt < table_vd.shape[0])
+            rows_btd = table_vd[jnp.where(is_here, row_bt, 0)]
+            return jax.lax.psum(jnp.where(is_here[..., None], rows_btd, 0), AXES["vocab"])
+
+        lookup = jax.shard_map(
+            local,
+            in_specs=(spec("vocab", None), spec("batch", None)),
+            out_specs=spec("batch", None, None),
+        )
+        return lookup(layers.whole(self.embed, self.cfg.dtype), tokens_bt)
+
+
+def _nothing(x_btd, k, v):
+    return None
+
+
+def init_params(c: ModelConfig, key: jax.Array) -> dict:
+    """Random parameters as a plain nested dict: also the layout of our checkpoints.
+
+    Matrices ~ N(0, 0.02), norms 1, the patch embedding as convolutions start. Call it inside
+    jit under a mesh and every array is made in its place.
+    """
+    return nnx.to_pure_dict(nnx.state(Neo(c, rngs=nnx.Rngs(key))))
+
+
+def bind(c: ModelConfig, params: dict) -> Neo:
+    """Modules around `params`. For use inside jit."""
+    return nnx.merge(_graphdef(c, jax.sharding.get_abstract_mesh()), params)
+
+
+@functools.cache
+def _graphdef(c: ModelConfig, mesh) -> nnx.GraphDef:
+    del mesh  # modules are declared under the mesh that they will run on
+    return nnx.graphdef(jax.eval_shape(lambda: Neo(c, rngs=nnx.Rngs(0))))
+
+
+def abstract_params(c: ModelConfig, mesh: Mesh | None = None, dtype: str = "float32") -> dict:
+    """Shape, type and place of every parameter, without making any."""
+    mesh = make_mesh((1, 1, 1)) if mesh is None else mesh
+    with jax.set_mesh(mesh):
+        shapes = jax.eval_shape(lambda: init_params(c, jax.random.key(0)))
+
+    def place(leaf):
+        sharding = NamedSharding(mesh, leaf.sharding.spec)
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=sharding)
+
+    return jax.tree.map(place, shapes)
+
+
+def count_params(c: ModelConfig) -> int:
+    """Number of parameters; a tied head counts once."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(c)))

@@ -1,0 +1,37 @@
+"""Every test runs on 8 virtual CPU devices; checkpoints and programs are shared within a run."""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_default_prng_impl", "unsafe_rbg")
+
+import neo_jax  # noqa: E402  (devices first)
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@functools.cache
+def load_case(name: str, mesh: tuple[int, int, int] = (1, 1, 1), dtype: str = "float32"):
+    return neo_jax.load(GOLDEN / name / "hf", dtype=dtype, mesh=mesh)
+
+
+def arrays(*path: str) -> dict[str, np.ndarray]:
+    with np.load(GOLDEN.joinpath(*path)) as file:
+        return dict(file)
+
+
+def read_json(*path: str):
+    return json.loads(GOLDEN.joinpath(*path).read_text())
+
+
+def raises(*parts: str):
+    """InputError whose message has every one of `parts`, in any order."""
+    pattern = "(?s)" + "".join(f"(?=.*{part})" for part in parts)
+    return pytest.raises(neo_jax.InputError, match=pattern)
