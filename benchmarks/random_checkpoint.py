@@ -8,6 +8,7 @@ import dataclasses
 import json
 import shutil
 import sys
+import zlib
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -16,7 +17,8 @@ import numpy as np
 from configs.models import NEO_OV_2B, NEO_OV_9B, TINY
 from neo_jax.config import QK_LAYOUTS, ModelConfig
 from neo_jax.weights.mapping import expected_tensors
-from neo_jax.weights.write import NAMES, write_tensors
+from neo_jax.weights.tensor_files import DTYPE_NAMES
+from neo_jax.weights.write import write_tensors
 
 SIZES = {"2b": NEO_OV_2B, "9b": NEO_OV_9B, "tiny": TINY}
 
@@ -65,15 +67,15 @@ def write_checkpoint(
 ) -> None:
     """Random weights ~ N(0, 0.02), norms around 1, and a byte-level tokenizer without merges."""
     directory.mkdir(parents=True)
-    rng = np.random.default_rng(seed)
     shapes = expected_tensors(c)
 
     def draw(key: str) -> np.ndarray:
+        rng = np.random.default_rng([seed, zlib.crc32(key.encode())])
         values = rng.standard_normal(shapes[key], np.float32) * np.float32(0.02)
-        return (values + ("norm" in key)).astype(jnp.dtype(NAMES[dtype]))
+        return (values + ("norm" in key)).astype(jnp.dtype(DTYPE_NAMES[dtype]))
 
-    write_tensors(directory, shapes, dtype, draw, shard_size)
-    (directory / "config.json").write_text(json.dumps(c.to_hf(NAMES[dtype]), indent=2))
+    write_tensors(directory, shapes, dtype, lambda key: [lambda: draw(key)], shard_size)
+    (directory / "config.json").write_text(json.dumps(c.to_hf(DTYPE_NAMES[dtype]), indent=2))
     write_tokenizer(directory, c.vocab_size)
 
 

@@ -104,7 +104,7 @@ def test_bfloat16_is_read_as_stored():
 def test_missing_directory_and_config(tmp_path):
     with raises("absent", "no such directory"):
         neo_jax.load(tmp_path / "absent")
-    with raises("no config.json there"):
+    with raises("neither a config.json nor params there"):
         neo_jax.load(tmp_path)
 
 

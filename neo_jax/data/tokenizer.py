@@ -5,7 +5,7 @@ Read from `tokenizer.json`, or built from the slow files (`vocab.json`, `merges.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -20,6 +20,12 @@ _SPLIT = (
 
 IMAGE_CONTEXT, IMAGE_START, IMAGE_END = "<IMG_CONTEXT>", "<img>", "</img>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
+
+# What NEO adds to Qwen3's tokenizer, in the order of the ids.
+NEO_TOKENS = (
+    *(IMAGE_CONTEXT, IMAGE_START, IMAGE_END, "<quad>", "</quad>", "<ref>", "</ref>"),
+    *("<box>", "</box>", "<|action_start|>", "<|action_end|>", "<|plugin|>", "<|interpreter|>"),
+)
 
 
 class NeoTokenizer:
@@ -47,22 +53,62 @@ class NeoTokenizer:
     @classmethod
     def from_directory(cls, directory: str | Path) -> "NeoTokenizer":
         """Reads the tokenizer files of a checkpoint directory; InputError names what is wrong."""
-        directory = Path(directory)
-        path = directory / "tokenizer.json"
-        if not path.exists():
-            return cls(_from_slow_files(directory), str(directory))
-        try:
-            return cls(Tokenizer.from_file(str(path)), str(path))
-        except InputError:
-            raise
-        except Exception as error:  # the library raises bare Exception
-            raise InputError(f"{path}: not a tokenizer: {error}") from error
+        return cls(_read(Path(directory)), str(directory))
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+
+def add_neo_tokens(directory: str | Path) -> int:
+    """Adds NEO's tokens to the Qwen3 tokenizer in a directory, in all its files.
+
+    Returns:
+      the new number of ids.
+    """
+    directory = Path(directory)
+    tokenizer = _read(directory)
+    known = tokenizer.get_vocab(with_added_tokens=True)
+    new = [token for token in NEO_TOKENS if token not in known]
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in new]
+    )
+    tokenizer.save(str(directory / "tokenizer.json"))
+    ids = {token: tokenizer.token_to_id(token) for token in new}
+
+    def change(name: str, edit: Callable[[dict], None]) -> None:
+        path = directory / name
+        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        edit(content)
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+
+    def name_special(content: dict) -> None:
+        content.setdefault("additional_special_tokens", []).extend(new)
+
+    def decode_too(content: dict) -> None:
+        name_special(content)
+        flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+        decoder = content.setdefault("added_tokens_decoder", {})
+        for token, number in ids.items():
+            decoder[str(number)] = {"content": token, **flags, "special": True}
+
+    change("tokenizer_config.json", decode_too)
+    change("special_tokens_map.json", name_special)
+    if (directory / "vocab.json").exists():
+        change("added_tokens.json", lambda content: content.update(ids))
+    return tokenizer.get_vocab_size(with_added_tokens=True)
+
+
+def _read(directory: Path) -> Tokenizer:
+    path = directory / "tokenizer.json"
+    if not path.exists():
+        return _from_slow_files(directory)
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise InputError(f"{path}: not a tokenizer: {error}") from error
 
 
 def _from_slow_files(directory: Path) -> Tokenizer:

@@ -18,7 +18,7 @@ from neo_jax.errors import InputError
 from neo_jax.infer import generate
 from neo_jax.model.neo import bind
 from neo_jax.sharding import make_mesh
-from neo_jax.weights.load import load_published
+from neo_jax.weights.load import load_params, side_directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,10 +178,11 @@ class Pipeline:
 def load(
     path: str | Path, dtype: str = "bfloat16", mesh: Mesh | tuple[int, int, int] | None = None
 ) -> Pipeline:
-    """Loads a model from a directory as published.
+    """Loads a model.
 
     Args:
-      path: holds config.json, model*.safetensors and the tokenizer's files.
+      path: a directory as published (config.json, model*.safetensors, the tokenizer's files), or
+        one that `convert.from_hf` or training wrote.
       dtype: "bfloat16" or "float32", of parameters and matrix products; norms, rotary angles,
         softmax and logits are float32 in both.
       mesh: a jax Mesh with axes (data, fsdp, tensor), or its sizes; default: heads split over
@@ -192,12 +193,10 @@ def load(
     """
     if dtype not in ("float32", "bfloat16"):
         raise InputError(f"dtype {dtype!r}: use 'float32' or 'bfloat16'")
-    tokenizer = None
-    if (Path(path) / "config.json").exists():
-        tokenizer = NeoTokenizer.from_directory(path)  # before gigabytes are read
+    tokenizer = NeoTokenizer.from_directory(side_directory(path))  # before gigabytes are read
     if mesh is not None and not isinstance(mesh, Mesh):
         mesh = make_mesh(mesh)
-    config, params = load_published(path, dtype, mesh)
+    config, params = load_params(path, dtype, mesh)
     if tokenizer.vocab_size > config.vocab_size:
         raise InputError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the model "

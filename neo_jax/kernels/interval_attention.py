@@ -2,10 +2,12 @@
 
 q [B, T, N, J], k [B, S, K, J], v [B, S, K, H] -> [B, T, N, H], with N a multiple of K (grouped
 heads) and J and H of any width. Interval bounds are positions along S. The softmax is float32.
+Runs under a mesh; batch and heads may be split over it.
 """
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 # Queries are taken this many at a time: scores never hold more than [B, N, QUERY_BLOCK, S].
 QUERY_BLOCK = 512
@@ -47,7 +49,10 @@ def _attend(q_btnj, k_bskj, v_bskh, start_bt, end_bt, scale):
     b, t, n, j = q_btnj.shape
     num_keys, num_kv_heads = k_bskj.shape[1:3]
     precision = jax.lax.Precision.HIGHEST if q_btnj.dtype == jnp.float32 else None
-    q_btkgj = q_btnj.reshape(b, t, num_kv_heads, n // num_kv_heads, j)
+    batch, _, heads, _ = jax.typeof(q_btnj).sharding.spec
+    q_btkgj = q_btnj.reshape(
+        b, t, num_kv_heads, n // num_kv_heads, j, out_sharding=P(batch, None, heads, None, None)
+    )
     scores_bkgts = scale * jnp.einsum(
         "btkgj,bskj->bkgts",
         q_btkgj,
@@ -60,4 +65,4 @@ def _attend(q_btnj, k_bskj, v_bskh, start_bt, end_bt, scale):
     scores_bkgts = jnp.where(is_seen_bts[:, None, None], scores_bkgts, -1e30)
     p_bkgts = jax.nn.softmax(scores_bkgts, axis=-1).astype(v_bskh.dtype)
     z_btkgh = jnp.einsum("bkgts,bskh->btkgh", p_bkgts, v_bskh, precision=precision)
-    return z_btkgh.reshape(b, t, n, v_bskh.shape[-1])
+    return z_btkgh.reshape(b, t, n, v_bskh.shape[-1], out_sharding=P(batch, None, heads, None))

@@ -23,7 +23,7 @@ def grow(cache: Cache, length: int) -> Cache:
         missing = length - kv_lbs.shape[2]
         return jnp.pad(kv_lbs, [(0, 0), (0, 0), (0, missing), (0, 0), (0, 0)])
 
-    return cache | {name: jax.tree.map(pad, cache[name]) for name in STACKS}
+    return cache | {name: jax.tree.map(pad, cache[name]) for name in STACKS if name in cache}
 
 
 def write(kv_lbs: jax.Array, new_bt: jax.Array, layer: jax.Array, position_b: jax.Array):

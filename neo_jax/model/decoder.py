@@ -81,8 +81,6 @@ def run(
     Returns:
       x_btd, the last carry, and the outputs stacked on a leading layer axis.
     """
-    if blocks.mlp_norm.shape[0] == 0:
-        return x_btd, carry, None
 
     def step(state, block_and_layer):
         x_btd, carry, output = body(*block_and_layer, *state)

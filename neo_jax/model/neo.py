@@ -6,6 +6,7 @@ keeps optimizers, checkpoints and the converter ignorant of Flax.
 
 import functools
 import math
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,8 @@ class Neo(nnx.Module):
         self.cfg = c
         self.patch_embed = PatchEmbed(c, rngs=rngs)
         self.embed = layers.matrix(rngs, (c.vocab_size, c.hidden_size), "vocab", "embed")
-        self.pre_buffer = decoder.stack(c, rngs, c.num_pre_buffer_layers)
+        if c.num_pre_buffer_layers:
+            self.pre_buffer = decoder.stack(c, rngs, c.num_pre_buffer_layers)
         self.post_llm = decoder.stack(c, rngs, c.num_post_llm_layers)
         self.final_norm = layers.ones(c.hidden_size)
         if not c.tie_word_embeddings:
@@ -41,7 +43,7 @@ class Neo(nnx.Module):
     def hidden_states(self, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Input embeddings [B, L, D], residual stream after each layer [l, B, L, D], final norm."""
         x_btd, outputs = self.trunk(batch, lambda x_btd, k, v: x_btd)
-        layers_lbtd = jnp.concatenate([x for x in outputs if x is not None])
+        layers_lbtd = jnp.concatenate(list(outputs.values()))
         return self.inputs(batch), layers_lbtd, self.normed(x_btd)
 
     def prefill(self, batch: Batch) -> tuple[jax.Array, kv.Cache]:
@@ -53,8 +55,7 @@ class Neo(nnx.Module):
         length_b = jnp.sum(batch["segments"] > 0, axis=1, dtype=jnp.int32)
         last_b = jnp.maximum(length_b - 1, 0)
         pick = jax.vmap(lambda row, index: row[index])
-        cache = dict(zip(kv.STACKS, outputs, strict=True))
-        cache |= {"length_b": length_b, "t_b": pick(batch["thw"][..., 0], last_b) + 1}
+        cache = outputs | {"length_b": length_b, "t_b": pick(batch["thw"][..., 0], last_b) + 1}
         return self.logits(self.normed(pick(x_btd, last_b)[:, None]))[:, 0], cache
 
     def decode(self, tokens_b: jax.Array, cache: kv.Cache) -> tuple[jax.Array, kv.Cache]:
@@ -81,8 +82,8 @@ class Neo(nnx.Module):
 
         x_btd = self._lookup(tokens_b[:, None])
         grown = {"length_b": cache["length_b"] + 1, "t_b": cache["t_b"] + 1}
-        for name in kv.STACKS:
-            x_btd, grown[name], _ = decoder.run(getattr(self, name), x_btd, body, cache[name])
+        for name, blocks in self._stacks():
+            x_btd, grown[name], _ = decoder.run(blocks, x_btd, body, cache[name])
         return self.logits(self.normed(x_btd))[:, 0], grown
 
     def trunk(self, batch: Batch, emit, remat: str = "none"):
@@ -100,10 +101,10 @@ class Neo(nnx.Module):
             x_btd, keys_values = block(x_btd, rotary, attend)
             return x_btd, carry, emit(x_btd, *keys_values)
 
-        x_btd = self.inputs(batch)
-        x_btd, _, pre_buffer = decoder.run(self.pre_buffer, x_btd, body, remat=remat)
-        x_btd, _, post_llm = decoder.run(self.post_llm, x_btd, body, remat=remat)
-        return x_btd, (pre_buffer, post_llm)
+        x_btd, outputs = self.inputs(batch), {}
+        for name, blocks in self._stacks():
+            x_btd, _, outputs[name] = decoder.run(blocks, x_btd, body, remat=remat)
+        return x_btd, outputs
 
     def inputs(self, batch: Batch) -> jax.Array:
         """Decoder input [B, L, D]: embedding rows, with the visual tokens in their places."""
@@ -131,6 +132,10 @@ class Neo(nnx.Module):
             preferred_element_type=jnp.float32,
             precision=jax.lax.Precision.HIGHEST if y_btd.dtype == jnp.float32 else None,
         )
+
+    def _stacks(self) -> Iterator[tuple[str, decoder.Block]]:
+        """The stacks in order; a model grown without a Pre-Buffer has but one."""
+        return ((name, getattr(self, name)) for name in kv.STACKS if hasattr(self, name))
 
     def _lookup(self, tokens_bt: jax.Array) -> jax.Array:
         """Embedding rows [B, T, D]; each shard of the vocabulary gives the rows it has."""

@@ -1,121 +1,36 @@
-"""A published checkpoint directory straight into (sharded) arrays."""
+"""Loads either kind of checkpoint directory: as published, or ours."""
 
-import json
-import logging
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from neo_jax.config import ModelConfig
 from neo_jax.errors import InputError
-from neo_jax.model.neo import abstract_params
-from neo_jax.sharding import make_mesh
-from neo_jax.weights import mapping
-from neo_jax.weights.tensor_files import Tensor, open_tensors
-
-LOG = logging.getLogger(__name__)
-
-HEAD = "language_model.lm_head.weight"
+from neo_jax.weights.checkpoint import find_checkpoint, load_checkpoint
+from neo_jax.weights.published import load_published
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object from a file; InputError names the file."""
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: {error}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: not a JSON object")
-    return value
-
-
-def read_config(
-    directory: str | Path, tensors: dict[str, Tensor], dtype: str = "bfloat16"
-) -> ModelConfig:
-    """The model that a directory's config.json and tensors describe."""
-    path = Path(directory) / "config.json"
-    hf = read_json(path)
-    says_tied = (hf.get("llm_config") or {}).get("tie_word_embeddings")
-    # Without the statement that it is tied, a missing head is a damaged checkpoint.
-    tied = HEAD not in tensors and says_tied is not False
-    try:
-        layout = mapping.detect_layout(tensors)
-        return ModelConfig.from_hf(hf, qk_layout=layout, tie_word_embeddings=tied, dtype=dtype)
-    except InputError as error:
-        raise InputError(f"{path.parent}: {error}") from error
-
-
-def load_published(
-    directory: str | Path, dtype: str = "bfloat16", mesh: Mesh | None = None
-) -> tuple[ModelConfig, dict]:
-    """Reads a directory as published.
-
-    Args:
-      directory: holds config.json and model*.safetensors.
-      dtype: of the parameters and of matrix products.
-      mesh: where the arrays go; default: `make_mesh` for this model.
-
-    Returns:
-      the configuration and the parameters.
+def side_directory(path: str | Path) -> Path:
+    """Where a checkpoint's tokenizer lies.
 
     Raises:
-      InputError: if a file, key or shape is not as it should be.
+      InputError: when `path` is no checkpoint of either kind.
     """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise InputError(f"{directory}: no such directory")
-    if not (directory / "config.json").exists():
-        raise InputError(f"{directory}: no config.json there, so no checkpoint directory")
-    tensors = open_tensors(directory)
-    c = read_config(directory, tensors, dtype)
-    try:
-        skipped = mapping.check_tensors({k: t.shape for k, t in tensors.items()}, c)
-    except InputError as error:
-        raise InputError(f"{directory}: {error}") from error
-    if skipped:
-        LOG.warning(
-            "%s: left out %d tensors of the generation branch: %s",
-            directory, len(skipped), ", ".join(skipped),
-        )  # fmt: skip
-    if mesh is None:
-        mesh = make_mesh(num_key_value_heads=c.num_key_value_heads)
-    return c, read_params(c, tensors, abstract_params(c, mesh, dtype))
+    path = Path(path)
+    if not path.is_dir():
+        raise InputError(f"{path}: no such directory")
+    checkpoint = find_checkpoint(path)
+    if checkpoint is None and not (path / "config.json").exists():
+        raise InputError(f"{path}: neither a config.json nor params there, so no checkpoint")
+    return checkpoint.directory if checkpoint else path
 
 
-def read_params(c: ModelConfig, tensors: dict[str, Tensor], target: dict) -> dict:
-    """Reads every parameter to the shape, type and place that `target` gives it.
+def load_params(path: str | Path, dtype: str, mesh: Mesh | None) -> tuple[ModelConfig, dict]:
+    """Configuration and parameters of either kind of directory, on a mesh, in `dtype`.
 
-    Each device's part is read for itself, once; no whole model is held on the host.
+    Each device's part is read for itself; no host holds the whole model.
     """
-    table = {row.path: row for row in mapping.rows(c)}
-
-    def read(path, leaf):
-        row = table[tuple(entry.key for entry in path)]
-        keys = [row.key.format(layer=layer) for layer in mapping.layers_of(row, c)]
-        parts = {}
-
-        def part(index):
-            box = tuple(range(*i.indices(size)) for i, size in zip(index, leaf.shape, strict=True))
-            if box not in parts:
-                parts[box] = _read_part(row, [tensors[key] for key in keys], leaf, index)
-            return parts[box]
-
-        return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
-
-    return jax.tree_util.tree_map_with_path(read, target)
-
-
-def _read_part(row: mapping.Row, tensors: list[Tensor], leaf, index) -> np.ndarray:
-    shape = [len(range(*i.indices(n))) for i, n in zip(index, leaf.shape, strict=True)]
-    out = np.empty(shape, jnp.dtype(leaf.dtype))
-    if not row.is_layered:
-        row.read(tensors[0].__getitem__, index, out)
-        return out
-    for slot, tensor in zip(out, tensors[index[0]], strict=True):
-        row.read(tensor.__getitem__, index[1:], slot)
-    return out
+    checkpoint = find_checkpoint(path, dtype)
+    if checkpoint:
+        return load_checkpoint(checkpoint, dtype, mesh)
+    return load_published(path, dtype, mesh)

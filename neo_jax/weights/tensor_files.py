@@ -3,8 +3,12 @@
 import collections
 import dataclasses
 import json
+import math
+import struct
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -12,7 +16,8 @@ from neo_jax.errors import InputError
 
 INDEX = "model.safetensors.index.json"
 
-_DTYPES = {"F32", "F16", "BF16"}
+# The types that we read and write: as safetensors names them, and as numpy does.
+DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,16 +28,44 @@ class Tensor:
     key: str
     shape: tuple[int, ...]
     dtype: str  # as safetensors names it: F32, F16, BF16
+    offset: int  # of its first byte in the file
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * jnp.dtype(DTYPE_NAMES[self.dtype]).itemsize
+
+    def blocks(self, limit: int) -> Iterator[np.ndarray]:
+        """All of it, in blocks of rows of at most about `limit` bytes."""
+        rows = max(1, limit * self.shape[0] // max(1, self.num_bytes))
+        for start in range(0, self.shape[0], rows):
+            stop = min(start + rows, self.shape[0])
+            yield self[(slice(start, stop), *[slice(None)] * (len(self.shape) - 1))]
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
         """A part of it. Only that part is read.
 
-        The file is opened anew each time, so that its pages leave memory with the handle.
+        Rows are read, not mapped: faults of mapped pages cost more than all the rest of a
+        conversion, and mapped pages count as the process's memory.
         """
+        dtype, columns = jnp.dtype(DTYPE_NAMES[self.dtype]), index[1:]
         try:
-            with safe_open(self.file, framework="numpy") as file:
-                return file.get_slice(self.key)[index]
-        except (SafetensorError, OSError) as error:
+            if any(
+                p.indices(n)[:2] != (0, n) for p, n in zip(columns, self.shape[1:], strict=True)
+            ):
+                mapped = np.memmap(self.file, dtype, "r", self.offset, self.shape)
+                return np.array(mapped[index])
+            start, stop, _ = index[0].indices(self.shape[0])
+            rows = np.empty((stop - start, *self.shape[1:]), dtype)
+            with self.file.open("rb", buffering=0) as file:
+                file.seek(self.offset + start * (self.num_bytes // max(1, self.shape[0])))
+                data = memoryview(rows.reshape(-1).view(np.uint8))
+                while len(data):
+                    got = file.readinto(data)
+                    if not got:
+                        raise OSError("the file ends early")
+                    data = data[got:]
+            return rows
+        except (OSError, ValueError) as error:
             raise InputError(f"{self.file}: cannot read {self.key}: {error}") from error
 
 
@@ -66,10 +99,10 @@ def open_tensors(directory: str | Path) -> dict[str, Tensor]:
             if holders[key] != [name]:
                 problems.append(f"{INDEX} says that {key} is in {name}; it is not")
     for tensor in found.values():
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in DTYPE_NAMES:
             problems.append(
                 f"{tensor.file.name}: {tensor.key} is {tensor.dtype}; "
-                f"only {', '.join(sorted(_DTYPES))} are read"
+                f"only {', '.join(sorted(DTYPE_NAMES))} are read"
             )
     if problems:
         raise InputError(f"{directory}:\n  " + "\n  ".join(problems))
@@ -101,11 +134,17 @@ def _read_header(path: Path) -> list[Tensor]:
     if not path.exists():
         raise InputError(f"{path}: no such file, though {INDEX} names it")
     try:
-        with safe_open(path, framework="numpy") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-            return [
-                Tensor(path, key, tuple(part.get_shape()), part.get_dtype())
-                for key, part in slices.items()
-            ]
+        with safe_open(path, framework="numpy"):
+            pass  # the library checks that header and size are right
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: truncated or not safetensors: {error}") from error
+    header.pop("__metadata__", None)
+    return [
+        Tensor(
+            path, key, tuple(entry["shape"]), entry["dtype"], 8 + length + entry["data_offsets"][0]
+        )
+        for key, entry in header.items()
+    ]

@@ -1,56 +1,63 @@
 """Writes a published checkpoint directory, tensor by tensor."""
 
+import collections
+import itertools
 import json
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 
-from neo_jax.weights.tensor_files import INDEX
+from neo_jax.weights.tensor_files import DTYPE_NAMES, INDEX
 
-# As safetensors and numpy name them.
-NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-_SIZES = {"F32": 4, "BF16": 2, "F16": 2}
+# So many blocks are made at once, in threads, while one is written.
+BLOCKS_AT_ONCE = 3
 
 Plan = Mapping[str, tuple[int, ...]]  # key -> shape
+Block = Callable[[], np.ndarray]  # makes some rows of a tensor
 
 
 def write_tensors(
     directory: Path,
     plan: Plan,
     dtype: str,
-    get: Callable[[str], np.ndarray],
+    blocks: Callable[[str], Iterable[Block]],
     shard_size: int,
     wrote: Callable[[int], None] = lambda size: None,
 ) -> None:
     """Writes safetensors shards and, if there are several, their index.
 
-    The safetensors library writes whole files from memory; this holds one tensor at a time.
+    The safetensors library writes whole files from memory; this holds a few blocks of rows.
 
     Args:
       directory: must exist; the caller makes the whole atomic.
       plan: every tensor's key and shape, in the order of writing.
       dtype: F32, F16 or BF16.
-      get: key -> array of that shape and dtype.
+      blocks: key -> what makes the tensor's blocks of rows, in order.
       shard_size: bytes that a shard holds at most, unless a single tensor is larger.
-      wrote: told the bytes of each tensor written, for a progress bar.
+      wrote: told the bytes of each block written, for a progress bar.
     """
     shards = list(_shards(plan, dtype, shard_size))
     weight_map, total = {}, 0
-    for number, keys in enumerate(shards, 1):
-        name = "model.safetensors"
-        if len(shards) > 1:
-            name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        total += _write_shard(directory / name, {key: plan[key] for key in keys}, dtype, get, wrote)
-        weight_map |= dict.fromkeys(keys, name)
+    with ThreadPoolExecutor(BLOCKS_AT_ONCE) as threads:
+        made = _ahead(threads, (block for key in plan for block in blocks(key)))
+        for number, keys in enumerate(shards, 1):
+            name = "model.safetensors"
+            if len(shards) > 1:
+                name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+            shard = {key: plan[key] for key in keys}
+            total += _write_shard(directory / name, shard, dtype, made, wrote)
+            weight_map |= dict.fromkeys(keys, name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def num_bytes(shape: tuple[int, ...], dtype: str) -> int:
-    return int(np.prod(shape, dtype=np.int64)) * _SIZES[dtype]
+    return int(np.prod(shape, dtype=np.int64)) * jnp.dtype(DTYPE_NAMES[dtype]).itemsize
 
 
 def _shards(plan: Plan, dtype: str, shard_size: int) -> Iterator[list[str]]:
@@ -65,7 +72,18 @@ def _shards(plan: Plan, dtype: str, shard_size: int) -> Iterator[list[str]]:
     yield keys
 
 
-def _write_shard(path: Path, plan: Plan, dtype: str, get, wrote) -> int:
+def _ahead(threads: ThreadPoolExecutor, blocks: Iterator[Block]) -> Iterator[np.ndarray]:
+    """The blocks in order, some of them made ahead."""
+    waiting = collections.deque(
+        threads.submit(block) for block in itertools.islice(blocks, BLOCKS_AT_ONCE)
+    )
+    while waiting:
+        array = waiting.popleft().result()
+        waiting.extend(threads.submit(block) for block in itertools.islice(blocks, 1))
+        yield array
+
+
+def _write_shard(path: Path, plan: Plan, dtype: str, made: Iterator[np.ndarray], wrote) -> int:
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for key, shape in plan.items():
         end = offset + num_bytes(shape, dtype)
@@ -73,13 +91,19 @@ def _write_shard(path: Path, plan: Plan, dtype: str, get, wrote) -> int:
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # data begins on a multiple of 8
-    with path.open("wb") as file:
+    with path.open("wb", buffering=0) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for key, shape in plan.items():
-            array = get(key)
-            if array.shape != tuple(shape) or array.dtype.name != NAMES[dtype]:
-                raise ValueError(f"{key}: got {array.dtype} {array.shape}, planned {dtype} {shape}")
-            data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-            file.write(data)
-            wrote(len(data))
+            rows = 0
+            while rows < shape[0]:
+                block = next(made)
+                rows += len(block)
+                if block.shape[1:] != tuple(shape[1:]) or block.dtype.name != DTYPE_NAMES[dtype]:
+                    raise ValueError(f"{key}: got {block.dtype} {block.shape}, planned {shape}")
+                data = memoryview(np.ascontiguousarray(block).reshape(-1).view(np.uint8))
+                wrote(len(data))
+                while len(data):
+                    data = data[file.write(data) :]
+            if rows != shape[0]:
+                raise ValueError(f"{key}: got {rows} rows, planned {shape}")
     return offset

@@ -1,0 +1,48 @@
+"""Our checkpoint, or a training run's newest step, to the published layout, streamed."""
+
+import argparse
+import sys
+
+from convert import command
+from neo_jax.errors import InputError
+from neo_jax.weights.checkpoint import find_checkpoint, num_bytes, open_params
+from neo_jax.weights.export import write_published
+
+EXAMPLE = "neo-2b NEO-2B-mine --shard-size 5GB"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = command.parser("convert.to_hf", __doc__, EXAMPLE)
+    parser.add_argument(
+        "--dtype",
+        choices=("bf16", "bfloat16", "f32", "float32"),
+        help="of the written tensors; default: as stored",
+    )
+    parser.add_argument("--shard-size", type=command.byte_size, default="5GB", metavar="SIZE")
+    return command.main("convert.to_hf", run, parser.parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> None:
+    checkpoint = find_checkpoint(args.source)
+    if checkpoint is None:
+        raise InputError(f"{args.source}: no checkpoint of ours there (a directory with params)")
+    c, stores = checkpoint.config, open_params(checkpoint)
+    dtype = {"bf16": "bfloat16", "f32": "float32"}.get(args.dtype, args.dtype)
+    dtype = dtype or stores["embed",].dtype.name
+    with command.progress(num_bytes(c, dtype), "export") as bar:
+        write_published(
+            args.target,
+            c,
+            lambda path, index: stores[path][index].read().result(),
+            dtype,
+            shard_size=args.shard_size,
+            side_files=checkpoint.directory,
+            overwrite=args.overwrite,
+            say=command.say,
+            wrote=bar.update,
+        )
+    print(f"wrote {args.target}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""Making a checkpoint directory whole or not at all, and the small files that go with weights."""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from neo_jax.errors import InputError
+
+_SIDE_SUFFIXES = {".json", ".txt", ".jinja", ".py", ".md"}
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file; InputError names the file."""
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: not a JSON object")
+    return value
+
+
+@contextlib.contextmanager
+def new_directory(
+    target: str | Path,
+    needed_bytes: int,
+    *,
+    overwrite: bool = False,
+    say: Callable[[str], None] = lambda message: None,
+) -> Iterator[Path]:
+    """A directory to fill, which takes its name only when the block ends without an error.
+
+    What a killed run left is removed first, and `say` is told so.
+
+    Args:
+      target: must not exist, unless `overwrite`; then it is replaced at the end.
+      needed_bytes: about what will be written.
+
+    Raises:
+      InputError: when the target exists, cannot be written, or the disk has no room.
+    """
+    target = Path(target).absolute()
+    if target.exists() and not overwrite:
+        raise InputError(f"{target} exists: choose another place or allow to overwrite it")
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if partial.exists():
+            say(f"{partial}: left by a run that did not finish; starting over")
+            shutil.rmtree(partial)
+        free = shutil.disk_usage(target.parent).free
+        if free < needed_bytes:
+            raise InputError(
+                f"{target}: needs {needed_bytes / 1e9:.1f} GB, only {free / 1e9:.1f} GB are free"
+            )
+        partial.mkdir()
+        yield partial
+        _to_disk(partial)
+        _replace(partial, target)
+    except OSError as error:
+        raise InputError(f"{target}: cannot write: {error}") from error
+    except ValueError as error:
+        if _is_full_disk(error):
+            raise InputError(f"{target}: cannot write: {error}") from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copies configuration, tokenizer and code files: all that is not weights, and not a folder."""
+    for path in sorted(source.iterdir()):
+        is_index = path.name.endswith(".index.json")
+        if path.is_file() and path.suffix in _SIDE_SUFFIXES and not is_index:
+            shutil.copyfile(path, target / path.name)
+
+
+def _replace(partial: Path, target: Path) -> None:
+    if not target.exists():
+        partial.rename(target)
+        return
+    old = target.with_name(f".{target.name}.replaced")
+    shutil.rmtree(old, ignore_errors=True)
+    target.rename(old)
+    partial.rename(target)
+    shutil.rmtree(old)
+
+
+def _to_disk(directory: Path) -> None:
+    """Waits until every file is on the disk, so that the name never outlives a power cut."""
+    for folder, _, names in os.walk(directory):
+        for path in [folder, *(os.path.join(folder, name) for name in names)]:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def _is_full_disk(error: ValueError) -> bool:
+    """TensorStore reports a full disk as a ValueError."""
+    return os.strerror(errno.ENOSPC) in str(error) or os.strerror(errno.EDQUOT) in str(error)

@@ -1,0 +1,166 @@
+"""Parameters as a published directory, which the official PyTorch code loads."""
+
+import collections
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from neo_jax.config import ModelConfig
+from neo_jax.errors import InputError
+from neo_jax.weights import mapping
+from neo_jax.weights.checkpoint import DESCRIPTION
+from neo_jax.weights.directory import copy_side_files, new_directory, read_json
+from neo_jax.weights.tensor_files import DTYPE_NAMES
+from neo_jax.weights.write import Block, num_bytes, write_tensors
+
+# A parameter's path and an index -> that part of it.
+ReadLeaf = Callable[[mapping.Path, mapping.Index], np.ndarray]
+
+SAFETENSORS_DTYPE = {name: short for short, name in DTYPE_NAMES.items()}
+_BLOCK_BYTES = 64 * 2**20
+
+
+def save_hf(neo_or_params, config: ModelConfig, path: str | Path, **options) -> None:
+    """Writes a model that is in memory as a published directory.
+
+    Args:
+      neo_or_params: what `neo_jax.load` returns (its config.json and tokenizer files are not
+        kept in memory: copy them, or use `convert.to_hf`), or a tree of parameters, all of it
+        reachable from this process.
+      config: of the model.
+      path: the new directory.
+      **options: `dtype`, `shard_size`, `overwrite` of `write_published`.
+
+    Raises:
+      InputError: when the directory exists or cannot be written.
+    """
+    params = getattr(neo_or_params, "params", neo_or_params)
+    leaf = _LeafOnHost(params)
+    dtype = options.pop("dtype", None) or params["embed"].dtype.name
+    write_published(path, config, leaf.read, dtype, **options)
+
+
+def write_published(
+    path: str | Path,
+    c: ModelConfig,
+    read_leaf: ReadLeaf,
+    dtype: str,
+    *,
+    shard_size: int = 5 * 10**9,
+    side_files: Path | None = None,
+    overwrite: bool = False,
+    say: Callable[[str], None] = lambda message: None,
+    wrote: Callable[[int], None] = lambda size: None,
+) -> None:
+    """Writes a published directory, whole or not at all.
+
+    Args:
+      path: the new directory.
+      c: the model.
+      read_leaf: gives parts of parameters; never more than a layer's, or some rows, at a time.
+      dtype: "float32" or "bfloat16" of the tensors.
+      shard_size: bytes per file.
+      side_files: directory whose tokenizer, configuration and code files are copied.
+      overwrite: replace what is at `path`.
+      say, wrote: told of an unfinished earlier run, and of the bytes written.
+    """
+    if dtype not in SAFETENSORS_DTYPE:
+        raise InputError(f"dtype {dtype!r}: use one of {', '.join(SAFETENSORS_DTYPE)}")
+    if shard_size < 1:
+        raise InputError(f"a shard size of {shard_size} bytes is not possible")
+    short, plan = SAFETENSORS_DTYPE[dtype], mapping.expected_tensors(c)
+    rows = collections.defaultdict(list)
+    for row in mapping.rows(c):
+        for layer in mapping.layers_of(row, c):
+            rows[row.key.format(layer=layer)].append((row, layer))
+
+    def blocks(key: str) -> Iterator[Block]:
+        return _blocks(rows[key], c, read_leaf, jnp.dtype(dtype))
+
+    needed = sum(num_bytes(shape, short) for shape in plan.values())
+    with new_directory(path, needed, overwrite=overwrite, say=say) as directory:
+        hf = c.to_hf(dtype)
+        if side_files:
+            copy_side_files(side_files, directory)
+            (directory / DESCRIPTION).unlink(missing_ok=True)
+            if (directory / "config.json").exists():
+                hf = _published_config(read_json(directory / "config.json"), hf)
+        (directory / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+        write_generation_config(directory, hf)
+        write_tensors(directory, plan, short, blocks, shard_size, wrote)
+
+
+def write_generation_config(directory: Path, hf: dict) -> None:
+    """A generation_config.json, unless the directory has one."""
+    path, llm = directory / "generation_config.json", hf["llm_config"]
+    if not path.exists():
+        ids = {
+            name: llm[name]
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+            if llm.get(name) is not None
+        }
+        path.write_text(json.dumps({"_from_model_config": True, **ids}, indent=2) + "\n")
+
+
+def _blocks(rows, c: ModelConfig, read_leaf: ReadLeaf, dtype) -> Iterator[Block]:
+    """What makes one tensor: whole, or by rows if it is large and stored as it is published."""
+    first, layer = rows[0]
+    if layer is not None or first.channel or first.tensor != first.ours:
+        yield lambda: _tensor(rows, c, read_leaf, dtype)
+        return
+    total, *rest = first.tensor_shape
+    step = max(1, _BLOCK_BYTES // (int(np.prod(rest, dtype=np.int64)) * dtype.itemsize))
+    for start in range(0, total, step):
+        index = (slice(start, min(start + step, total)), *[slice(None)] * len(rest))
+        yield lambda index=index: read_leaf(first.path, index).astype(dtype, copy=False)
+
+
+def _tensor(rows, c: ModelConfig, read_leaf: ReadLeaf, dtype) -> np.ndarray:
+    tensor = np.empty(rows[0][0].tensor_shape, dtype)
+    for row, layer in rows:
+        index = (slice(None),) * row.our_rank
+        if layer is not None:
+            slot = layer - mapping.layers_of(row, c)[0]
+            leaf = read_leaf(row.path, (slice(slot, slot + 1), *index))[0]
+        else:
+            leaf = read_leaf(row.path, index)
+        row.write(leaf.astype(dtype, copy=False), tensor)
+    return tensor
+
+
+def _published_config(stored: dict, ours: dict) -> dict:
+    """The config.json that came with the weights, true of what is written now.
+
+    Its one-element lists become numbers: the official classes write them but cannot read them.
+    """
+    result = {**stored, "torch_dtype": ours["torch_dtype"]}
+    for section in ("llm_config", "vision_config"):
+        fields = {**stored[section], "torch_dtype": ours["torch_dtype"]}
+        for name, value in fields.items():
+            if isinstance(value, list) and not isinstance(ours[section].get(name, []), list):
+                fields[name] = value[0]
+        result[section] = fields
+    result["llm_config"]["extra_num_layers"] = ours["llm_config"]["extra_num_layers"]
+    for fields in (result, result["llm_config"]):
+        fields["tie_word_embeddings"] = ours["tie_word_embeddings"]
+    return result
+
+
+class _LeafOnHost:
+    """Parts of parameters in device memory; keeps the last one on the host."""
+
+    def __init__(self, params: dict):
+        self._leaves = {
+            tuple(entry.key for entry in path): leaf
+            for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        }
+        self._held: dict = {}
+
+    def read(self, path: mapping.Path, index: mapping.Index) -> np.ndarray:
+        if path not in self._held:
+            self._held = {path: np.asarray(self._leaves[path])}
+        return self._held[path][index]

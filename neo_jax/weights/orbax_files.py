@@ -1,0 +1,152 @@
+"""Our own checkpoints: an Orbax tree of parameters, written piece by piece.
+
+Orbax saves arrays that exist. A conversion must never hold them, so `Pending` stands for an array
+that will be read piece by piece, and `PendingHandler` tells Orbax how to write one. What lies on
+the disk is an ordinary Orbax checkpoint; any Orbax reader restores it onto any mesh.
+"""
+
+import asyncio
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from etils import epath
+
+from neo_jax.errors import InputError
+
+Index = tuple[slice, ...]
+
+# A piece is at most this large, if the shape allows; so many are in memory at once.
+PIECE_BYTES = 64 * 2**20
+PIECES_AT_ONCE = 3
+# Orbax gathers what it writes into files of this size before it lets go of it.
+DATA_FILE_BYTES = 32 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Pending:
+    """An array to be: `read(index)` gives a part of it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    chunk: tuple[int, ...]  # the pieces in which it is stored
+    read: Callable[[Index], np.ndarray]
+    wrote: Callable[[int], None] = lambda size: None  # told the bytes of each piece
+
+    def pieces(self) -> Iterator[Index]:
+        for corner in np.ndindex(
+            *(-(-n // c) for n, c in zip(self.shape, self.chunk, strict=True))
+        ):
+            yield tuple(
+                slice(i * c, min((i + 1) * c, n))
+                for i, c, n in zip(corner, self.chunk, self.shape, strict=True)
+            )
+
+
+def choose_chunk(
+    shape: tuple[int, ...], shard: tuple[int, ...], itemsize: int, is_layered: bool
+) -> tuple[int, ...]:
+    """The shape of stored pieces: a device's part of one layer, in rows of at most PIECE_BYTES."""
+    chunk = [1, *shard[1:]] if is_layered else list(shard)
+    for axis in range(is_layered, len(shape)):
+        while math.prod(chunk) * itemsize > PIECE_BYTES and chunk[axis] % 2 == 0:
+            chunk[axis] //= 2
+    return tuple(chunk)
+
+
+class PendingHandler(ocp.type_handlers.NumpyHandler):
+    """Writes `Pending` arrays; what is restored is an ordinary array."""
+
+    async def serialize(self, values, infos, args=None):
+        args = args or [ocp.SaveArgs()] * len(values)
+        # Not every piece by itself: `directory.new_directory` waits for the disk at the end.
+        context = ts.Context({"file_io_sync": False}, infos[0].ts_context)
+        with ThreadPoolExecutor(PIECES_AT_ONCE) as threads:
+            for value, info, arg in zip(values, infos, args, strict=True):
+                await info.await_path_creation()
+                spec = ocp.type_handlers.get_json_tspec_write(
+                    info,
+                    use_ocdbt=True,
+                    global_shape=value.shape,
+                    local_shape=value.chunk,
+                    dtype=value.dtype,
+                    process_index=jax.process_index(),
+                    arg=arg,
+                )
+                store = await ts.open(ts.Spec(spec), create=True, open=True, context=context)
+                await _write_pieces(value, store, threads)
+        return []
+
+
+async def _write_pieces(value: Pending, store: ts.TensorStore, threads: ThreadPoolExecutor):
+    loop, slots = asyncio.get_running_loop(), asyncio.Semaphore(PIECES_AT_ONCE)
+
+    async def write(index: Index):
+        async with slots:
+            piece = await loop.run_in_executor(threads, value.read, index)
+            await store[index].write(piece, can_reference_source_data_indefinitely=True)
+            value.wrote(piece.nbytes)
+
+    await asyncio.gather(*(write(index) for index in value.pieces()))
+
+
+def write_tree(directory: Path, tree: dict) -> None:
+    """Writes a nested dict of `Pending` arrays as an Orbax checkpoint."""
+    registry = ocp.type_handlers.create_type_handler_registry((Pending, PendingHandler()))
+    # Trained weights hardly compress.
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(
+            directory.absolute(),
+            args=ocp.args.PyTreeSave(tree, ocdbt_target_data_file_size=DATA_FILE_BYTES),
+        )
+
+
+def read_tree(directory: Path, target: dict) -> dict:
+    """Restores to the shapes, types and places that `target` gives.
+
+    Raises:
+      InputError: naming the directory, when it is damaged or holds other parameters.
+    """
+    try:
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(directory.absolute(), args=ocp.args.StandardRestore(target))
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise InputError(f"{directory}: cannot restore: {error}") from error
+
+
+def open_tree(directory: Path) -> dict[tuple[str, ...], ts.TensorStore]:
+    """The arrays of a checkpoint by path, to read parts of: `store[index].read().result()`.
+
+    Raises:
+      InputError: naming the directory, when it is no checkpoint or a damaged one.
+    """
+    directory = directory.absolute()
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            metadata = checkpointer.metadata(directory).item_metadata
+        if metadata is None:
+            raise ValueError("no Orbax checkpoint")
+        is_ocdbt = ocp.type_handlers.is_ocdbt_checkpoint(directory)
+        context = ocp.type_handlers.get_ts_context(use_ocdbt=is_ocdbt)
+        stores = {}
+        for path, leaf in jax.tree_util.tree_leaves_with_path(metadata.tree):
+            info = ocp.type_handlers.ParamInfo(
+                name=leaf.name,
+                parent_dir=epath.Path(directory),
+                is_ocdbt_checkpoint=is_ocdbt,
+                use_zarr3=metadata.use_zarr3,
+                ts_context=context,
+            )
+            spec = ocp.type_handlers.get_json_tspec_read(info, use_ocdbt=is_ocdbt)
+            store = ts.open(ts.Spec(spec), open=True, context=context).result()
+            stores[tuple(entry.key for entry in path)] = store
+        return stores
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise InputError(f"{directory}: cannot read: {error}") from error

@@ -1,0 +1,334 @@
+"""Checkpoints there and back: bits, layouts, meshes, official code, and every interruption."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import GOLDEN, arrays, load_case, raises
+from safetensors.numpy import load_file, save_file
+
+import neo_jax
+from benchmarks.random_checkpoint import write_checkpoint
+from configs.models import TINY
+from convert import from_hf, from_qwen3, to_hf
+from neo_jax.config import QK_LAYOUTS
+from neo_jax.model.neo import init_params
+from neo_jax.weights import orbax_files
+from neo_jax.weights.tensor_files import INDEX, Tensor, open_tensors
+
+
+def run(command, *arguments):
+    assert command.main([str(argument) for argument in arguments]) == 0
+
+
+def all_tensors(directory):
+    return {
+        key: tensor[(slice(None),) * len(tensor.shape)]
+        for key, tensor in open_tensors(directory).items()
+    }
+
+
+def assert_same_tensors(one, other):
+    one, other = all_tensors(one), all_tensors(other)
+    assert one.keys() == other.keys()
+    for key, array in one.items():
+        assert array.dtype == other[key].dtype
+        assert array.tobytes() == other[key].tobytes(), key
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("converted") / "multi_image"
+    run(from_hf, GOLDEN / "multi_image/hf", directory, "--mesh", "1x2x2")
+    return directory
+
+
+@pytest.mark.parametrize("layout", QK_LAYOUTS)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(("dtype", "shard_size"), [("BF16", "5GB"), ("F32", "400KB")])
+def test_there_and_back_is_bit_equal(layout, tied, dtype, shard_size, tmp_path):
+    c = dataclasses.replace(TINY, qk_layout=layout, tie_word_embeddings=tied)
+    shard_bytes = 300_000 if dtype == "BF16" else 10**9
+    write_checkpoint(tmp_path / "hf", c, dtype=dtype, shard_size=shard_bytes)
+    assert (tmp_path / "hf" / INDEX).exists() == (dtype == "BF16")
+    run(from_hf, tmp_path / "hf", tmp_path / "ours")
+    run(to_hf, tmp_path / "ours", tmp_path / "back", "--shard-size", shard_size)
+    assert (tmp_path / "back" / INDEX).exists() == (dtype == "F32")
+    assert_same_tensors(tmp_path / "hf", tmp_path / "back")
+    loaded = [neo_jax.load(tmp_path / name, mesh=(1, 1, 1)) for name in ("hf", "ours", "back")]
+    assert loaded[0].config == loaded[1].config == loaded[2].config
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (8, 1, 1), (2, 2, 2)])
+def test_restores_equal_arrays_on_every_mesh(converted, mesh):
+    wanted = load_case("multi_image").params
+    restored = neo_jax.load(converted, dtype="float32", mesh=mesh)
+    jax.tree.map(np.testing.assert_array_equal, restored.params, wanted)
+    specs = [
+        jax.tree.map(lambda leaf: leaf.sharding.spec, neo.params)
+        for neo in (restored, load_case("multi_image", mesh))
+    ]
+    assert specs[0] == specs[1]
+
+
+def test_logits_are_the_same_after_the_round_trip(converted, tmp_path):
+    inputs, outputs = arrays("multi_image", "inputs.npz"), arrays("multi_image", "outputs.npz")
+    run(to_hf, converted, tmp_path / "back")
+    asked = (inputs["input_ids"], inputs["pixel_values"], inputs["grid_hw"])
+    for directory in (converted, tmp_path / "back"):
+        logits = neo_jax.load(directory, dtype="float32", mesh=(1, 1, 1)).logits(*asked)
+        np.testing.assert_array_equal(logits, load_case("multi_image").logits(*asked))
+        np.testing.assert_allclose(logits, outputs["logits"], atol=1e-4, rtol=0)
+
+
+def test_side_files_come_along(converted, tmp_path):
+    run(to_hf, converted, tmp_path / "back")
+    source = GOLDEN / "multi_image/hf"
+    for name in ("tokenizer.json", "vocab.json", "merges.txt", "generation_config.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()
+    assert not (tmp_path / "back/neo_jax.json").exists()
+    stored, written = (
+        json.loads((directory / "config.json").read_text())
+        for directory in (source, tmp_path / "back")
+    )
+    assert written == stored
+
+
+def test_one_element_lists_of_a_config_become_numbers(tmp_path):
+    hf = shutil.copytree(GOLDEN / "single_image/hf", tmp_path / "hf")
+    config = json.loads((hf / "config.json").read_text())
+    lists = {"llm_hidden_size": [64], "downsample_ratio": [0.5]}
+    (hf / "config.json").write_text(
+        json.dumps(config | {"vision_config": config["vision_config"] | lists})
+    )
+    run(from_hf, hf, tmp_path / "ours")
+    run(to_hf, tmp_path / "ours", tmp_path / "back")
+    assert json.loads((tmp_path / "back/config.json").read_text()) == config
+
+
+def test_other_types(converted, tmp_path):
+    run(to_hf, converted, tmp_path / "f32", "--dtype", "f32")
+    wide = all_tensors(tmp_path / "f32")
+    for key, array in all_tensors(GOLDEN / "multi_image/hf").items():
+        np.testing.assert_array_equal(wide[key], array.astype(np.float32))
+    run(from_hf, tmp_path / "f32", tmp_path / "narrow", "--dtype", "bfloat16")
+    run(to_hf, tmp_path / "narrow", tmp_path / "back")
+    assert_same_tensors(tmp_path / "back", GOLDEN / "multi_image/hf")
+
+
+def test_save_hf_from_memory_on_a_mesh(tmp_path):
+    for mesh in ((1, 1, 1), (2, 2, 2)):
+        neo = load_case("single_image", mesh)
+        neo_jax.save_hf(neo, neo.config, tmp_path / str(mesh))
+        assert_same_tensors(tmp_path / str(mesh), GOLDEN / "single_image/hf")
+    neo_jax.save_hf(neo.params, neo.config, tmp_path / "narrow", dtype="bfloat16")
+    assert {tensor.dtype for tensor in open_tensors(tmp_path / "narrow").values()} == {"BF16"}
+    with raises("exists: choose another place"):
+        neo_jax.save_hf(neo, neo.config, tmp_path / "narrow")
+
+
+def test_a_step_of_a_training_run_is_exported(tmp_path):
+    """Orbax's own manager writes the parameters, as training does."""
+    import orbax.checkpoint as ocp
+
+    neo = load_case("single_image")
+    with ocp.CheckpointManager((tmp_path / "run/checkpoints").absolute()) as manager:
+        for step, scale in ((3, 2.0), (12, 1.0)):
+            params = jax.tree.map(lambda leaf, scale=scale: leaf * scale, neo.params)
+            items = ocp.args.Composite(params=ocp.args.StandardSave(params))
+            manager.save(step, args=items)
+        manager.wait_until_finished()
+    content = {"format": 1, "model": dataclasses.asdict(neo.config)}
+    (tmp_path / "run/neo_jax.json").write_text(json.dumps(content))
+    shutil.copy(GOLDEN / "single_image/hf/tokenizer.json", tmp_path / "run")
+    run(to_hf, tmp_path / "run", tmp_path / "hf")
+    assert_same_tensors(tmp_path / "hf", GOLDEN / "single_image/hf")
+    run(to_hf, tmp_path / "run/checkpoints/3", tmp_path / "third")
+    key = "language_model.model.norm.weight"
+    np.testing.assert_array_equal(
+        all_tensors(tmp_path / "third")[key], 2 * all_tensors(tmp_path / "hf")[key]
+    )
+    assert neo_jax.load(tmp_path / "run").config.num_layers == neo.config.num_layers
+
+
+def test_each_device_reads_only_its_part(monkeypatch):
+    """Bytes read for 8 devices are those of the model, but for what is not split."""
+    read = []
+    original = Tensor.__getitem__
+
+    def counting(self, index):
+        array = original(self, index)
+        read.append(array.nbytes)
+        return array
+
+    monkeypatch.setattr(Tensor, "__getitem__", counting)
+    directory = GOLDEN / "single_image/hf"
+    total = sum(tensor.num_bytes for tensor in open_tensors(directory).values())
+    neo_jax.load(directory, dtype="float32", mesh=(1, 1, 1))
+    assert sum(read) == total
+    read.clear()
+    neo_jax.load(directory, dtype="float32", mesh=(1, 4, 2))
+    assert total <= sum(read) < 1.6 * total  # a device column reads whole what is not split there
+
+
+def test_generation_branch_of_a_u1_checkpoint_is_left_out(tmp_path, caplog):
+    c = dataclasses.replace(TINY, qk_layout="fused")
+    write_checkpoint(tmp_path / "u1", c, dtype="F32")
+    path = tmp_path / "u1/model.safetensors"
+    skipped = [
+        "fm_modules.vision_model_mot_gen.embeddings.patch_embedding.weight",
+        "language_model.model.layers.0.self_attn.q_proj_mot_gen.weight",
+        "language_model.model.norm_mot_gen.weight",
+    ]
+    save_file(load_file(path) | dict.fromkeys(skipped, np.zeros(3, np.float32)), path)
+    run(from_hf, tmp_path / "u1", tmp_path / "ours")
+    for key in skipped:
+        assert key in caplog.text
+    assert neo_jax.load(tmp_path / "ours", mesh=(1, 1, 1)).config.qk_layout == "fused"
+
+
+def test_check_reports_and_writes_nothing(tmp_path, capsys):
+    source = shutil.copytree(GOLDEN / "single_image/hf", tmp_path / "hf")
+    run(from_hf, source, "--check")
+    out = capsys.readouterr().out
+    assert "language_model.model.layers.*.mlp.up_proj.weight [128, 64]" in out
+    total = sum(np.prod(t.shape, dtype=int) for t in open_tensors(source).values())
+    assert f"{total:,}" in out
+    assert list(tmp_path.iterdir()) == [source]
+    tensors = load_file(source / "model.safetensors")
+    tensors["language_model.model.norm.weight"][:2] = [np.nan, np.inf]
+    save_file(tensors, source / "model.safetensors")
+    assert from_hf.main([str(source), "--check"]) == 2
+    err = capsys.readouterr().err
+    assert "language_model.model.norm.weight has 2 NaN or infinite values" in err
+
+
+def deterministic(name):
+    return load_file(GOLDEN / "qwen3_init" / name / "neo_llm_deterministic.safetensors")
+
+
+@pytest.mark.parametrize("name", ["untied", "tied_bf16_sharded", "untied_vocab_grown"])
+def test_growth_from_qwen3_equals_the_official(name, tmp_path):
+    golden = GOLDEN / "qwen3_init" / name
+    config = json.loads((golden / "neo_llm_config.json").read_text())
+    extra, rows = config["extra_num_layers"], config["vocab_size"]
+    arguments = ("--pre-buffer", extra, "--vocab-size", rows, "--dtype", "float32", "--seed", 3)
+    run(from_qwen3, golden / "qwen3", tmp_path / "ours", *arguments)
+    run(to_hf, tmp_path / "ours", tmp_path / "hf")
+    grown = all_tensors(tmp_path / "hf")
+    for key, wanted in deterministic(name).items():
+        np.testing.assert_array_equal(grown["language_model." + key], wanted.astype(np.float32))
+    report = json.loads((GOLDEN / "qwen3_init/report.json").read_text())[name]
+    for key, entry in report["random_tensors"].items():
+        values = grown["language_model." + key]
+        assert list(values.shape) == entry["shape"]
+        assert values.std() == pytest.approx(0.02, rel=0.1)
+    bias = grown["vision_model.embeddings.patch_embedding.bias"]
+    assert 0.9 * 768**-0.5 < np.abs(bias).max() <= 768**-0.5
+    run(from_qwen3, golden / "qwen3", tmp_path / "again", *arguments)
+    run(to_hf, tmp_path / "again", tmp_path / "hf2")
+    assert_same_tensors(tmp_path / "hf", tmp_path / "hf2")
+
+
+@pytest.mark.parametrize("name", ["untied", "tied_bf16_sharded"])
+def test_without_pre_buffer_it_is_still_that_qwen3(name, tmp_path):
+    golden = GOLDEN / "qwen3_init" / name
+    check = arrays("qwen3_init", name, "extra0_text_check.npz")
+    shutil.copytree(golden / "qwen3", tmp_path / "qwen3")
+    for path in (GOLDEN / "single_image/hf").glob("*token*"):
+        shutil.copy(path, tmp_path / "qwen3")
+    run(from_qwen3, tmp_path / "qwen3", tmp_path / "ours", "--pre-buffer", 0, "--vocab-size", 640)
+    neo = neo_jax.load(tmp_path / "ours", dtype="float32", mesh=(1, 1, 1))
+    logits = neo.logits(check["input_ids"])[:, : check["qwen3_logits"].shape[1]]
+    np.testing.assert_allclose(logits, check["qwen3_logits"], atol=1e-4, rtol=0)
+
+
+def test_pre_buffer_and_patch_embedding_from_a_neo(tmp_path):
+    neo = dataclasses.replace(TINY, hidden_size=32, intermediate_size=48, num_pre_buffer_layers=2)
+    write_checkpoint(tmp_path / "neo", dataclasses.replace(neo, head_dim=16), dtype="F32")
+    source = GOLDEN / "qwen3_init/untied/qwen3"
+    arguments = ("--pre-buffer", 2, "--pre-buffer-from", tmp_path / "neo")
+    run(from_qwen3, source, tmp_path / "ours", *arguments)
+    run(to_hf, tmp_path / "ours", tmp_path / "hf")
+    grown, given = all_tensors(tmp_path / "hf"), all_tensors(tmp_path / "neo")
+    for key in grown:
+        if ".layers.0." in key or ".layers.1." in key or key.startswith("vision_model"):
+            np.testing.assert_array_equal(grown[key], given[key])
+    assert from_qwen3.main([str(source), str(tmp_path / "x"), *map(str, arguments[2:]),
+                            "--pre-buffer", "1"]) == 2  # fmt: skip
+
+
+def test_grown_tokenizer_knows_neos_tokens(tmp_path):
+    """From Qwen3's tokenizer files, in both forms, the same ids as the published tokenizer."""
+    from neo_jax.data.tokenizer import NEO_TOKENS, NeoTokenizer, add_neo_tokens
+
+    published = NeoTokenizer.from_directory(GOLDEN / "single_image/hf")
+    for form in ("slow", "fast"):
+        directory = tmp_path / form
+        directory.mkdir()
+        source = GOLDEN / "single_image/hf"
+        config = json.loads((source / "tokenizer_config.json").read_text())
+        added = json.loads((source / "added_tokens.json").read_text())
+        for token in NEO_TOKENS:
+            config["added_tokens_decoder"].pop(str(added.pop(token)))
+        shutil.copy(source / "vocab.json", directory)
+        shutil.copy(source / "merges.txt", directory)
+        (directory / "tokenizer_config.json").write_text(json.dumps(config))
+        (directory / "added_tokens.json").write_text(json.dumps(added))
+        assert add_neo_tokens(directory) == published.vocab_size
+        if form == "slow":
+            (directory / "tokenizer.json").unlink()
+        grown = NeoTokenizer.from_directory(directory)
+        text = "<img><IMG_CONTEXT></img> Where is <ref>it</ref>?<|im_end|>"
+        assert grown.encode(text) == published.encode(text)
+        assert grown.decode(grown.encode(text)) == published.decode(published.encode(text))
+
+
+def test_official_model_loads_our_export(converted, tmp_path):
+    """Runs where torch, transformers and the official code are: NEO_OFFICIAL=.../VLMEvalKit."""
+    import os
+    import subprocess
+    import sys
+
+    official = os.environ.get("NEO_OFFICIAL")
+    if not official:
+        pytest.skip("NEO_OFFICIAL does not point to the official VLMEvalKit")
+    for name in ("single_image", "multi_image", "text_only"):
+        run(from_hf, GOLDEN / name / "hf", tmp_path / name)
+        run(to_hf, tmp_path / name, tmp_path / f"{name}-hf")
+        script = Path(__file__).parent / "official_logits.py"
+        inputs, saved = GOLDEN / name / "inputs.npz", tmp_path / f"{name}.npy"
+        command = [sys.executable, script, official, tmp_path / f"{name}-hf", inputs, saved]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        wanted = arrays(name, "outputs.npz")["logits"]
+        np.testing.assert_allclose(np.load(saved), wanted, atol=1e-5, rtol=0)
+
+
+def test_init_params_and_the_key_table_agree(tmp_path):
+    """Random parameters survive export and loading, whatever the layout."""
+    for layout in QK_LAYOUTS:
+        c = dataclasses.replace(TINY, qk_layout=layout)
+        with jax.set_mesh(load_case("single_image").mesh):
+            params = jax.jit(init_params, static_argnums=0)(c, jax.random.key(0))
+        neo_jax.save_hf(params, c, tmp_path / layout)
+        tokenizer = GOLDEN / "single_image/hf/tokenizer.json"
+        shutil.copy(tokenizer, tmp_path / layout)
+        restored = neo_jax.load(tmp_path / layout, dtype="float32", mesh=(1, 1, 1))
+        jax.tree.map(np.testing.assert_array_equal, restored.params, params)
+
+
+def test_pieces_cover_an_array_once():
+    chunk = orbax_files.choose_chunk((4, 8, 6), (4, 8, 3), 2, is_layered=True)
+    assert chunk == (1, 8, 3)
+    pending = orbax_files.Pending((4, 8, 6), np.dtype("float32"), chunk, read=None)
+    count = np.zeros((4, 8, 6), int)
+    for index in pending.pieces():
+        count[index] += 1
+    assert (count == 1).all()
+    big = orbax_files.choose_chunk((151936, 4096), (151936, 4096), 2, is_layered=False)
+    assert big[0] * big[1] * 2 <= orbax_files.PIECE_BYTES
