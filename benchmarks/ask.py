@@ -10,10 +10,9 @@ import time
 from pathlib import Path
 
 import jax
-import numpy as np
 
 import neo_jax
-from neo_jax.infer import generate
+from neo_jax import Request, Sampling
 
 
 def main() -> int:
@@ -29,24 +28,26 @@ def main() -> int:
     neo = neo_jax.load(args.model, dtype=args.dtype)
     jax.block_until_ready(neo.params)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(neo.params))
-    report("load", seconds=since(start), parameters_gb=size / 1e9, memory_gb=peak_memory())
-    prompt = neo_jax.data.chat.chat_prompt(args.question, num_images=1)
-    example = neo._prompt_example(prompt, [args.image], None, None)
+    seconds = time.perf_counter() - start
+    report("load", seconds=seconds, parameters_gb=size / 1e9, memory_gb=peak_memory())
+    sampling = Sampling(max_new_tokens=args.max_new_tokens)
+    request = Request(args.question, [args.image], sampling=sampling)
+    engine = neo.engine(slots=1, max_length=1024, reuse_prefixes=False)
     for name in ("first (compiles)", "second"):
-        steps = generate.greedy(
-            neo.config, neo.params, neo.mesh, example, args.max_new_tokens, stop_id=-1
-        )
         start = time.perf_counter()
-        next(steps)
-        prefill = since(start)
-        next(steps)  # the first step compiles
-        start, rest = time.perf_counter(), [token for token, _ in steps]
+        events = [
+            (time.perf_counter() - start, result) for _, _, result in engine.events([request])
+        ]
+        times, result = [seconds for seconds, _ in events], events[-1][1]
+        if result.error:
+            print(result.error, file=sys.stderr)
+            return 2
         report(
             name,
-            prompt_tokens=len(example.tokens),
-            visual_tokens=int(np.sum(example.is_image)),
-            prefill_seconds=prefill,
-            seconds_per_token=since(start) / len(rest),
+            prompt_tokens=result.usage["prompt_tokens"],
+            seconds_to_first_token=times[0],
+            # the first step is compiled between the first two tokens
+            seconds_per_token=(times[-1] - times[1]) / max(1, len(times) - 2),
             memory_gb=peak_memory(),
         )
     return 0
@@ -54,10 +55,6 @@ def main() -> int:
 
 def report(name: str, **numbers: float) -> None:
     print(f"{name:20}", *(f"{key}={value:.4g}" for key, value in numbers.items()), flush=True)
-
-
-def since(start: float) -> float:
-    return time.perf_counter() - start
 
 
 def peak_memory() -> float:

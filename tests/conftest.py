@@ -2,6 +2,7 @@
 
 import functools
 import json
+import tempfile
 from pathlib import Path
 
 import jax
@@ -11,6 +12,8 @@ import pytest
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_prng_impl", "unsafe_rbg")
+# Programs of one run serve its other processes; nothing outside the run is touched.
+jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="neo_jax_tests_"))
 
 import neo_jax  # noqa: E402  (devices first)
 

@@ -1,5 +1,6 @@
 """ChatML: a question, its history and its pictures as one prompt text, as the official `chat`."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -28,12 +29,18 @@ def chat_prompt(
         <|im_start|>assistant
 
     Raises:
-      InputError: when the marks are not as many as the pictures.
+      InputError: when the marks are not as many as the pictures, or something is not text.
     """
+    pairs = [tuple(turn) if isinstance(turn, tuple | list) else turn for turn in history or ()]
+    if not all(isinstance(turn, tuple) and len(turn) == 2 for turn in pairs):
+        raise InputError("history: give (question, answer) pairs")
+    for text in (question, system, *itertools.chain(*pairs)):
+        if not isinstance(text, str):
+            raise InputError(f"a prompt is made of texts, not of {text!r}")
     if history is None and num_images and IMAGE_MARK not in question:
         question = f"{IMAGE_MARK}\n{question}"
     prompt = f"{TURN_START}system\n{system}{TURN_END}\n" if system else ""
-    for asked, answered in history or ():
+    for asked, answered in pairs:
         prompt += _turn("user", asked) + _turn("assistant", answered)
     prompt += _turn("user", question) + f"{TURN_START}assistant\n"
     marks = prompt.count(IMAGE_MARK)

@@ -1,27 +1,35 @@
 """A loaded model: configuration, parameters and tokenizer, and what one asks of them."""
 
 import dataclasses
+import difflib
 import functools
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from neo_jax.batch import to_device
 from neo_jax.config import PATCH_CHANNELS, ModelConfig
-from neo_jax.data.chat import chat_prompt, expand_images
-from neo_jax.data.example import Example, make_example
-from neo_jax.data.image import ImageSource, patchify, resized_pixels
+from neo_jax.data.example import Example, collate, make_example
+from neo_jax.data.image import ImageSource
 from neo_jax.data.tokenizer import NeoTokenizer
+from neo_jax.data.video import VideoSource
 from neo_jax.errors import InputError
-from neo_jax.infer import generate
+from neo_jax.infer.engine import Engine
+from neo_jax.infer.prepare import Preparer
+from neo_jax.infer.request import Request, Result
+from neo_jax.infer.sampling import Sampling
+from neo_jax.infer.shapes import bucket
 from neo_jax.model.neo import bind
 from neo_jax.sharding import make_mesh
 from neo_jax.weights.load import load_params, side_directory
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class Pipeline:
     """What `neo_jax.load` returns."""
 
@@ -29,6 +37,11 @@ class Pipeline:
     params: dict
     tokenizer: NeoTokenizer
     mesh: Mesh
+    _kept: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)
+
+    @functools.cached_property
+    def _prepare(self) -> Preparer:
+        return Preparer(self.config, self.tokenizer)
 
     def logits(
         self,
@@ -51,7 +64,7 @@ class Pipeline:
         """
         example = self._example(token_ids, pixel_values, grid_hw)
         with jax.set_mesh(self.mesh):
-            batch = generate.padded_batch(example, self.mesh)
+            batch = _padded(example, self.mesh)
             logits_blv = _logits(self.config, self.params, batch)
         return np.asarray(logits_blv)[0, : len(token_ids)]
 
@@ -69,7 +82,7 @@ class Pipeline:
         """
         example = self._example(token_ids, pixel_values, grid_hw)
         with jax.set_mesh(self.mesh):
-            batch = generate.padded_batch(example, self.mesh)
+            batch = _padded(example, self.mesh)
             states = _hidden_states(self.config, self.params, batch)
         inputs, layers, final = map(np.asarray, states)
         length = len(token_ids)
@@ -86,7 +99,7 @@ class Pipeline:
         )
         example = self._example(token_ids, pixel_values, grid_hw)
         with jax.set_mesh(self.mesh):
-            batch = generate.padded_batch(example, self.mesh)
+            batch = _padded(example, self.mesh)
             inputs_bld = _inputs(self.config, self.params, batch)
         return np.asarray(inputs_bld)[0, : len(token_ids)][example.is_image]
 
@@ -95,70 +108,90 @@ class Pipeline:
         question: str,
         images: Sequence[ImageSource] = (),
         *,
+        video: VideoSource | None = None,
         history: Sequence[tuple[str, str]] | None = None,
         system: str = "",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
-        max_new_tokens: int = 512,
+        video_options: Mapping[str, Any] | None = None,
         stream: bool = False,
+        **sampling: Any,
     ) -> str | Iterator[str]:
-        """Answers a question about pictures, greedily.
+        """Answers a question about pictures or a video.
 
         Args:
           question: with an `<image>` mark where each picture belongs, or without any: then the
-            one picture goes in front.
+            one picture goes in front. A video always goes in front.
           images: paths, encoded bytes, Pillow images or [H, W, 3] uint8 arrays.
+          video: a file, a folder of pictures or a list of pictures; `video_options` are the
+            arguments of `data.video.load_video`, such as num_frames or fps.
           history: earlier (question, answer) turns; their marks take the first images.
           system: system prompt.
           min_pixels, max_pixels: area of each resized image; default: the checkpoint's.
-          max_new_tokens: the answer is cut there.
           stream: yield the answer in pieces instead.
+          **sampling: fields of `Sampling`: max_new_tokens, temperature (0: greedy), top_k, top_p,
+            repetition_penalty, seed, stop and so on.
 
         Raises:
-          InputError: for an unreadable picture, marks that do not match the pictures, or a
-            prompt that with its answer exceeds the model's context.
+          InputError: for an unreadable picture, marks that do not match the pictures, a setting
+            out of range, or a prompt that with its answer exceeds the model's context.
         """
-        prompt = chat_prompt(question, history=history, system=system, num_images=len(images))
-        example = self._prompt_example(prompt, images, min_pixels, max_pixels)
-        self._check_context(len(example.tokens), max_new_tokens)
-        pieces = self._stream(example, max_new_tokens)
+        request = Request(
+            prompt=question,
+            images=images,
+            video=video,
+            history=history,
+            system=system,
+            sampling=_sampling(sampling),
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+            video_options=video_options or {},
+        )
+        # Prepared here, so that what is wrong with it is said before the first piece.
+        length = len(self._prepare(request).identity)
+        pieces = _pieces(self._engine_for(length, request.sampling.max_new_tokens), request)
         return pieces if stream else "".join(pieces)
 
-    def _prompt_example(self, prompt, images, min_pixels, max_pixels) -> Example:
-        low = self.config.min_pixels if min_pixels is None else min_pixels
-        high = self.config.max_pixels if max_pixels is None else max_pixels
-        cut = [patchify(resized_pixels(image, low, high)) for image in images]
-        patches = np.concatenate([p for p, _ in cut]) if cut else _no_patches()
-        grid_hw = np.concatenate([grid for _, grid in cut]) if cut else np.zeros((0, 2), np.int32)
-        token_ids = self.tokenizer.encode(expand_images(prompt, grid_hw))
-        return make_example(token_ids, patches, grid_hw, self.tokenizer)
+    def generate(self, requests: Iterable[Request], **engine_options: Any) -> list[Result]:
+        """Answers many requests together; results are in their order.
 
-    def _stream(self, example: Example, max_new_tokens: int) -> Iterator[str]:
-        """Text pieces of the answer, whose join is the answer, stripped as officially."""
-        stop, ids, said = self.tokenizer.turn_end_id, [], ""
-        tokens = generate.greedy(self.config, self.params, self.mesh, example, max_new_tokens, stop)
-        for token, _ in tokens:
-            if token != stop:
-                ids.append(token)
-            text = self.tokenizer.decode(ids).lstrip()
-            # A last character may still be incomplete, and last spaces may be the answer's end.
-            ready = text.rstrip().rstrip("\N{REPLACEMENT CHARACTER}").rstrip()
-            if len(ready) > len(said) and ready.startswith(said):
-                yield ready[len(said) :]
-                said = ready
-        rest = self.tokenizer.decode(ids).strip()[len(said) :]
-        if rest:
-            yield rest
+        Args:
+          requests: see `Request`. One that is bad gives a `Result` with an `error`.
+          **engine_options: of `Engine`: slots, max_length, kv_dtype and so on.
+        """
+        return [result for _, result in sorted(self.serve(requests, **engine_options))]
 
-    def _check_context(self, prompt_length: int, max_new_tokens: int) -> None:
-        limit = self.config.max_position_embeddings
-        if max_new_tokens < 1:
-            raise InputError(f"max_new_tokens is {max_new_tokens}: ask for 1 or more")
-        if prompt_length + max_new_tokens > limit:
+    def serve(
+        self, requests: Iterable[Request], **engine_options: Any
+    ) -> Iterator[tuple[int, Result]]:
+        """As `generate`, but yields (number of the request, result) as they finish.
+
+        Requests are taken from the iterable as they are needed.
+        """
+        return self.engine(**engine_options).run(requests)
+
+    def engine(self, **options: Any) -> Engine:
+        """An engine with these options (see `Engine`). The last one is kept, with its cache."""
+        if self._kept.get("options") != options:
+            self._kept.clear()  # first, so that the memory of its cache is free
+            _use_compilation_cache()
+            engine = Engine(
+                self.config, self.params, self.mesh, self.tokenizer, self._prepare, **options
+            )
+            self._kept.update(options=options, engine=engine)
+        return self._kept["engine"]
+
+    def _engine_for(self, prompt_length: int, max_new_tokens: int) -> Engine:
+        """The kept engine if the request fits, or a new one of one slot."""
+        needed, limit = prompt_length + max_new_tokens, self.config.max_position_embeddings
+        if needed > limit:
             raise InputError(
                 f"the prompt has {prompt_length} tokens; with max_new_tokens={max_new_tokens} that "
                 f"exceeds the model's context of {limit}: lower max_pixels or max_new_tokens"
             )
+        if self._kept and self._kept["engine"].max_length >= needed:
+            return self._kept["engine"]
+        return self.engine(slots=1, max_length=min(bucket(needed), limit))
 
     def _example(self, token_ids, pixel_values, grid_hw) -> Example:
         if (pixel_values is None) != (grid_hw is None):
@@ -171,7 +204,6 @@ class Pipeline:
         token_ids = np.asarray(token_ids)
         if token_ids.size and not 0 <= token_ids.min() <= token_ids.max() < self.config.vocab_size:
             raise InputError(f"token ids must lie in 0..{self.config.vocab_size - 1}")
-        self._check_context(len(token_ids), 1)
         return make_example(token_ids, np.asarray(patches), grid_hw, self.tokenizer)
 
 
@@ -222,3 +254,46 @@ def _hidden_states(c: ModelConfig, params: dict, batch: dict) -> tuple[jax.Array
 
 def _no_patches() -> np.ndarray:
     return np.zeros((0, PATCH_CHANNELS), np.uint8)
+
+
+def _padded(example: Example, mesh: Mesh) -> dict:
+    """An example alone in a batch of its bucket's shape, on the mesh."""
+    length = bucket(len(example.tokens))
+    return to_device(collate([example], length, 4 * length * bool(len(example.patches))), mesh)
+
+
+def _pieces(engine: Engine, request: Request) -> Iterator[str]:
+    """Text of one answer as it comes; the pieces' join is the result's text."""
+    said = ""
+    for _, answer, result in engine.events([request]):
+        if result and result.error:
+            raise InputError(result.error)
+        text = result.text if result else _certain(answer.text, request.sampling.stop)
+        if len(text) > len(said):
+            yield text[len(said) :]
+            said = text
+
+
+def _certain(text: str, stops: Sequence[str]) -> str:
+    """What of an answer so far will stay: not an end that may be cut off or stripped."""
+    for stop in stops:
+        held = (size for size in range(len(stop), 0, -1) if text.endswith(stop[:size]))
+        text = text[: len(text) - next(held, 0)]
+    return text.strip()
+
+
+def _sampling(fields: Mapping[str, Any]) -> Sampling:
+    names = [field.name for field in dataclasses.fields(Sampling)]
+    for name in fields:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1)
+            hint = f", did you mean {near[0]!r}" if near else f": use one of {', '.join(names)}"
+            raise InputError(f"no setting {name!r}{hint}")
+    return Sampling(**fields)
+
+
+def _use_compilation_cache() -> None:
+    """Keeps compiled programs on disk, unless the user chose a place for them."""
+    if jax.config.jax_compilation_cache_dir is None:
+        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(base, "neo_jax"))

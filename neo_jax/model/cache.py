@@ -1,9 +1,12 @@
-"""The key-value cache: fixed-shape arrays, a row per running request.
+"""The key-value cache: fixed-shape arrays, a row (slot) per running request.
 
-A cache is a dict. `pre_buffer` and `post_llm` hold the keys [l, B, S, K, J] and values
-[l, B, S, K, H] of their l layers; `length_b` says how many places of each row are taken, and
-`t_b` is the T position of the row's next token. Rows fill from the left without gaps, so what a
-new token sees is the interval [0, length], and the attention rule of training serves unchanged.
+A cache is a dict. `pre_buffer` and `post_llm` hold {"k": [l, B, S, K, J], "v": [l, B, S, K, H]}
+of their l layers; `length_b` says how many places of each row are taken, and `t_b` is the T
+position of the row's next token. Rows fill from the left without gaps, so what a new token sees is
+the interval [0, length], and the attention rule of training serves unchanged. Time comes before
+heads, so that one token's keys are one run of memory and are written in place.
+
+With `int8`, an array is a dict of `values` int8 and `scale` float32, one scale per token and head.
 """
 
 from typing import Any
@@ -11,35 +14,169 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from neo_jax.config import ModelConfig
+from neo_jax.sharding import spec
+
 Cache = dict[str, Any]
+Store = Any  # an array [l, B, S, K, width], or its int8 form
 
 STACKS = ("pre_buffer", "post_llm")
+KV_DTYPES = ("bfloat16", "float32", "int8")
 
 
-def grow(cache: Cache, length: int) -> Cache:
-    """The same cache with room for `length` tokens in each row."""
+def empty(c: ModelConfig, rows: int, length: int, kv_dtype: str) -> Cache:
+    """A cache with no tokens in it. Call it inside jit, under the mesh."""
 
-    def pad(kv_lbs):
-        missing = length - kv_lbs.shape[2]
-        return jnp.pad(kv_lbs, [(0, 0), (0, 0), (0, missing), (0, 0), (0, 0)])
+    def zeros(shape, dtype):
+        return jnp.zeros(shape, dtype, out_sharding=spec(*_STORE[: len(shape)]))
 
-    return cache | {name: jax.tree.map(pad, cache[name]) for name in STACKS if name in cache}
+    def store(num_layers: int, width: int) -> Store:
+        shape = (num_layers, rows, length, c.num_key_value_heads)
+        if kv_dtype == "int8":
+            return {"values": zeros((*shape, width), jnp.int8), "scale": zeros(shape, jnp.float32)}
+        return zeros((*shape, width), kv_dtype)
+
+    cache = {
+        name: {"k": store(depth, c.qk_width), "v": store(depth, c.head_dim)}
+        for name, depth in zip(
+            STACKS, (c.num_pre_buffer_layers, c.num_post_llm_layers), strict=True
+        )
+        if depth
+    }
+    nothing_b = jnp.zeros(rows, jnp.int32, out_sharding=spec("batch"))
+    return cache | {"length_b": nothing_b, "t_b": nothing_b}
 
 
-def write(kv_lbs: jax.Array, new_bt: jax.Array, layer: jax.Array, position_b: jax.Array):
-    """Puts [B, T, ...] keys or values into one layer of [l, B, S, ...], from each row's position.
+def num_bytes(c: ModelConfig, kv_dtype: str) -> int:
+    """Bytes that one token takes in the cache, over all devices."""
+    numbers = c.num_key_value_heads * (c.qk_width + c.head_dim)
+    if kv_dtype == "int8":
+        return c.num_layers * (numbers + 2 * 4 * c.num_key_value_heads)
+    return c.num_layers * numbers * jnp.dtype(kv_dtype).itemsize
 
-    A scatter into the stacked array, so that a scan over layers updates it in place.
+
+def length(cache: Cache) -> int:
+    """S: for how many tokens each row has room."""
+    return jax.tree.leaves(cache["post_llm"])[0].shape[2]
+
+
+def write_token(store: Store, new_b1: jax.Array, layer: jax.Array, place_b: jax.Array) -> Store:
+    """Puts one token's [B, 1, K, width] into a layer, at each row's place."""
+
+    def write_row(row_ls, new_1, place):
+        index = (layer, place, *[0] * (row_ls.ndim - 2))
+        return jax.lax.dynamic_update_slice(row_ls, new_1[None], index)
+
+    write = jax.vmap(write_row, in_axes=(1, 0, 0), out_axes=1)
+    return jax.tree.map(lambda old, new: write(old, new, place_b), store, _encoded(new_b1, store))
+
+
+def write_chunk(
+    store: Store,
+    new_rt: jax.Array,
+    layer: jax.Array,
+    slot_r: jax.Array,
+    start_r: jax.Array,
+    count_r: jax.Array,
+) -> Store:
+    """Puts the first `count_r` of [R, T, K, width] into a layer, at places `start_r` of `slot_r`.
+
+    Slots are numbered on each device of the batch axes. A row with count 0 changes nothing.
     """
 
-    def write_row(row_ls, new_t, position):
-        return jax.lax.dynamic_update_slice(
-            row_ls, new_t[None].astype(row_ls.dtype), (layer, position, 0, 0)
+    def write_rows(old, new, layer, slot_r, start_r, count_r):
+        length, rest = new.shape[1], (0,) * (old.ndim - 3)
+
+        def write_row(r, old):
+            # A window that would stick out at the end begins earlier, its content shifted.
+            start = jnp.minimum(start_r[r], old.shape[2] - length)
+            shift = start_r[r] - start
+            index = (layer, slot_r[r], start, *rest)
+            window = jax.lax.dynamic_slice(old, index, (1, 1, *new.shape[1:]))
+            place_t = jnp.arange(length) - shift
+            is_new_t = ((place_t >= 0) & (place_t < count_r[r])).reshape(length, *[1] * len(rest))
+            window = jnp.where(is_new_t, jnp.roll(new[r], shift, axis=0), window)
+            return jax.lax.dynamic_update_slice(old, window, index)
+
+        return jax.lax.fori_loop(0, new.shape[0], write_row, old)
+
+    def write(old, new):
+        old_spec, new_spec = _part(old, _STORE), _part(new, _ROWS)
+        in_specs = (old_spec, new_spec, spec(), *[spec("batch")] * 3)
+        run = jax.shard_map(write_rows, in_specs=in_specs, out_specs=old_spec, check_vma=False)
+        return run(old, new, layer, slot_r, start_r, count_r)
+
+    return jax.tree.map(write, store, _encoded(new_rt, store))
+
+
+def read(store: Store, layer: jax.Array, dtype: str, slot_r: jax.Array | None = None) -> jax.Array:
+    """[B, S, K, width] of one layer, or [R, S, K, width] of the slots `slot_r`."""
+
+    def rows(array):
+        array = jax.lax.dynamic_index_in_dim(array, layer, axis=0, keepdims=False)
+        if slot_r is None:
+            return array
+        part = _part(array, _ROWS)
+        in_specs = (part, spec("batch"))
+        take = jax.shard_map(_take, in_specs=in_specs, out_specs=part, check_vma=False)
+        return take(array, slot_r)
+
+    taken = jax.tree.map(rows, store)
+    if isinstance(taken, dict):
+        return (taken["values"] * taken["scale"][..., None]).astype(dtype)
+    return taken.astype(dtype)
+
+
+def copy_slot(cache: Cache, from_d: jax.Array, to_d: jax.Array) -> Cache:
+    """Copies keys and values of one slot to another, on each device of the batch axes its own."""
+
+    def copy(array, from_d, to_d):
+        row = jax.lax.dynamic_slice_in_dim(array, from_d[0], 1, axis=1)
+        return jax.lax.dynamic_update_slice_in_dim(array, row, to_d[0], axis=1)
+
+    def run(array):
+        part = _part(array, _STORE)
+        in_specs = (part, spec("batch"), spec("batch"))
+        return jax.shard_map(copy, in_specs=in_specs, out_specs=part, check_vma=False)(
+            array, from_d, to_d
         )
 
-    return jax.vmap(write_row, in_axes=(1, 0, 0), out_axes=1)(kv_lbs, new_bt, position_b)
+    return cache | {name: jax.tree.map(run, cache[name]) for name in STACKS if name in cache}
 
 
-def read(kv_lbs: jax.Array, layer: jax.Array) -> jax.Array:
-    """[B, S, ...] keys or values of one layer."""
-    return jax.lax.dynamic_index_in_dim(kv_lbs, layer, axis=0, keepdims=False)
+def put_rows(array_b: jax.Array, new_r: jax.Array, slot_r: jax.Array, is_valid_r: jax.Array):
+    """[B, ...] with the valid rows of [R, ...] put into their slots."""
+
+    def put(array, new, slot_r, is_valid_r):
+        def put_row(r, array):
+            row = jnp.where(is_valid_r[r], new[r].astype(array.dtype), array[slot_r[r]])
+            return jax.lax.dynamic_update_index_in_dim(array, row, slot_r[r], axis=0)
+
+        return jax.lax.fori_loop(0, new.shape[0], put_row, array)
+
+    part = spec("batch", *[None] * (array_b.ndim - 1))
+    in_specs = (part, part, spec("batch"), spec("batch"))
+    return jax.shard_map(put, in_specs=in_specs, out_specs=part, check_vma=False)(
+        array_b, new_r, slot_r, is_valid_r
+    )
+
+
+_STORE = (None, "batch", None, "heads", None)
+_ROWS = ("batch", None, "heads", None)
+
+
+def _take(array: jax.Array, slot_r: jax.Array) -> jax.Array:
+    return jnp.take(array, slot_r, axis=0)
+
+
+def _part(array: jax.Array, names: tuple[str | None, ...]):
+    return spec(*names[: array.ndim])
+
+
+def _encoded(new_bt: jax.Array, store: Store) -> Store:
+    """New keys or values in the form of the store."""
+    if not isinstance(store, dict):
+        return new_bt.astype(store.dtype)
+    new_bt = new_bt.astype(jnp.float32)
+    scale_bt = jnp.maximum(jnp.max(jnp.abs(new_bt), axis=-1), 1e-30) / 127
+    return {"values": jnp.round(new_bt / scale_bt[..., None]).astype(jnp.int8), "scale": scale_bt}

@@ -46,45 +46,93 @@ class Neo(nnx.Module):
         layers_lbtd = jnp.concatenate(list(outputs.values()))
         return self.inputs(batch), layers_lbtd, self.normed(x_btd)
 
-    def prefill(self, batch: Batch) -> tuple[jax.Array, kv.Cache]:
-        """Logits [B, V] of each row's last token and the cache [.., S = L, ..] behind them.
+    def extend(
+        self, batch: Batch, cache: kv.Cache, slot_r: jax.Array, start_r: jax.Array, is_fresh: bool
+    ) -> tuple[jax.Array, kv.Cache]:
+        """Prefill: writes each row's tokens into a slot of the cache.
 
-        Each row holds one document.
+        Args:
+          batch: [R, T] tokens of at most one document per row, of all its images in it whole;
+            `thw` as in the document. A row of padding changes nothing.
+          cache: of B slots.
+          slot_r: [R] the row's slot, numbered on each device of the batch axes.
+          start_r: [R] how many of the document's tokens the slot holds already.
+          is_fresh: all of `start_r` are 0, so nothing of the cache need be read.
+
+        Returns:
+          logits [R, V] after each row's last token, and the cache.
         """
-        x_btd, outputs = self.trunk(batch, lambda x_btd, k, v: (k, v))
-        length_b = jnp.sum(batch["segments"] > 0, axis=1, dtype=jnp.int32)
-        last_b = jnp.maximum(length_b - 1, 0)
-        pick = jax.vmap(lambda row, index: row[index])
-        cache = outputs | {"length_b": length_b, "t_b": pick(batch["thw"][..., 0], last_b) + 1}
-        return self.logits(self.normed(pick(x_btd, last_b)[:, None]))[:, 0], cache
+        c = self.cfg
+        first_rt, end_rt = intervals(batch["thw"][..., 0], batch["segments"])
+        count_r = jnp.sum(batch["segments"] > 0, axis=1, dtype=jnp.int32)
+        rotary = thw_rotary(batch["thw"], c.t_width, c.hw_width, c.rope_theta, c.rope_theta_hw)
+        if not is_fresh:
+            first_rt, end_rt = first_rt * 0, end_rt + start_r[:, None]
 
-    def decode(self, tokens_b: jax.Array, cache: kv.Cache) -> tuple[jax.Array, kv.Cache]:
-        """One more token per row: [B] ids -> logits [B, V] and the cache with it written."""
+        def body(block, layer, x_rtd, store):
+            def attend(q_rtnj, k_rtkj, v_rtkh):
+                grown = {
+                    which: kv.write_chunk(store[which], new, layer, slot_r, start_r, count_r)
+                    for which, new in (("k", k_rtkj), ("v", v_rtkh))
+                }
+                if not is_fresh:
+                    k_rtkj, v_rtkh = (kv.read(grown[w], layer, c.dtype, slot_r) for w in "kv")
+                z_rtnh = interval_attention(
+                    q_rtnj, k_rtkj, v_rtkh, first_rt, end_rt, c.head_dim**-0.5
+                )
+                return z_rtnh, grown
+
+            x_rtd, store = block(x_rtd, rotary, attend)
+            return x_rtd, store, None
+
+        x_rtd, cache = self._through_cache(self.inputs(batch), cache, body)
+        last_r = jnp.maximum(count_r - 1, 0)
+        x_r1d = jax.vmap(lambda row, index: row[index])(x_rtd, last_r)[:, None]
+        t_r = jax.vmap(lambda row, index: row[index])(batch["thw"][..., 0], last_r)
+        for name, value_r in (("length_b", start_r + count_r), ("t_b", t_r + 1)):
+            cache[name] = kv.put_rows(cache[name], value_r, slot_r, count_r > 0)
+        return self.logits(self.normed(x_r1d))[:, 0], cache
+
+    def decode(
+        self, tokens_b: jax.Array, cache: kv.Cache, is_active_b: jax.Array
+    ) -> tuple[jax.Array, kv.Cache]:
+        """One more token per row: [B] ids -> logits [B, V] and the cache with it written.
+
+        Rows that are not active keep their length; what they return means nothing.
+        """
         c, length_b1 = self.cfg, cache["length_b"][:, None]
-        zero_b1 = jnp.zeros_like(length_b1)
+        zero_b1 = length_b1 * 0
+        # The last place is never anybody's: an answer's last token is not fed.
+        place_b = jnp.where(is_active_b, cache["length_b"], kv.length(cache) - 1)
         thw_b13 = jnp.stack([cache["t_b"][:, None], zero_b1, zero_b1], axis=-1)
         rotary = thw_rotary(thw_b13, c.t_width, c.hw_width, c.rope_theta, c.rope_theta_hw)
 
-        def body(block, layer, x_btd, keys_values):
-            def attend(q_btnj, k_btkj, v_btkh):
-                k, v = (
-                    kv.write(old, new, layer, cache["length_b"])
-                    for old, new in zip(keys_values, (k_btkj, v_btkh), strict=True)
+        def body(block, layer, x_b1d, store):
+            def attend(q_b1nj, k_b1kj, v_b1kh):
+                grown = {
+                    which: kv.write_token(store[which], new, layer, place_b)
+                    for which, new in (("k", k_b1kj), ("v", v_b1kh))
+                }
+                k_bskj, v_bskh = (kv.read(grown[which], layer, c.dtype) for which in "kv")
+                z_b1nh = interval_attention(
+                    q_b1nj, k_bskj, v_bskh, zero_b1, length_b1 + 1, c.head_dim**-0.5
                 )
-                z_btnh = interval_attention(
-                    q_btnj, kv.read(k, layer), kv.read(v, layer), zero_b1, length_b1 + 1,
-                    c.head_dim**-0.5,
-                )  # fmt: skip
-                return z_btnh, (k, v)
+                return z_b1nh, grown
 
-            x_btd, keys_values = block(x_btd, rotary, attend)
-            return x_btd, keys_values, None
+            x_b1d, store = block(x_b1d, rotary, attend)
+            return x_b1d, store, None
 
-        x_btd = self._lookup(tokens_b[:, None])
-        grown = {"length_b": cache["length_b"] + 1, "t_b": cache["t_b"] + 1}
+        x_b1d, cache = self._through_cache(self._lookup(tokens_b[:, None]), cache, body)
+        for name in ("length_b", "t_b"):
+            cache[name] = cache[name] + is_active_b
+        return self.logits(self.normed(x_b1d))[:, 0], cache
+
+    def _through_cache(self, x_btd: jax.Array, cache: kv.Cache, body) -> tuple[jax.Array, kv.Cache]:
+        """Runs all layers with the cache as their carry, so that it is written in place."""
+        cache = dict(cache)
         for name, blocks in self._stacks():
-            x_btd, grown[name], _ = decoder.run(blocks, x_btd, body, cache[name])
-        return self.logits(self.normed(x_btd))[:, 0], grown
+            x_btd, cache[name], _ = decoder.run(blocks, x_btd, body, cache[name])
+        return x_btd, cache
 
     def trunk(self, batch: Batch, emit, remat: str = "none"):
         """Runs all layers; returns x [B, L, D] and what `emit(x, k, v)` gives, per stack."""

@@ -1,0 +1,301 @@
+"""Continuous batching: many requests through a fixed number of slots, answered as they finish.
+
+Worker threads prepare requests while the device runs. Prompts are put into free slots chunk by
+chunk; every step then gives all filled slots one more token, and a finished slot is given away at
+once. The device is always one program ahead of the host, which reads tokens while the next runs.
+
+An answer does not depend on what runs beside it: each row computes with its own slot alone.
+"""
+
+import collections
+import itertools
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from neo_jax.batch import to_device
+from neo_jax.config import PATCH_CHANNELS, ModelConfig
+from neo_jax.data.example import Example, collate
+from neo_jax.data.tokenizer import NeoTokenizer
+from neo_jax.errors import InputError
+from neo_jax.infer import programs, sampling, shapes
+from neo_jax.infer.memory import fitting_length
+from neo_jax.infer.prepare import Preparer
+from neo_jax.infer.request import Request, Result
+from neo_jax.infer.slots import Running, Slot, choose
+from neo_jax.infer.waiting import Queue
+from neo_jax.model.cache import KV_DTYPES
+from neo_jax.sharding import batch_rows, put
+
+Event = tuple[int, sampling.Answer | None, Result | None]
+
+
+class Engine:
+    """Answers requests with one model.
+
+    Args:
+      prepare: what turns its requests into prompts.
+      slots: requests that run at once; rounded up to a multiple of the mesh's batch size.
+      max_length: tokens of a prompt and its answer; default: what fits into free memory, at
+        most the model's context (`memory.py`).
+      kv_dtype: of the cache: "bfloat16", "float32" or "int8"; default: as the model computes.
+      prefill_budget: tokens of a prefill; longer prompts are put in chunk by chunk.
+      reuse_prefixes: compute a prefix that prompts have in common once.
+      workers: threads that prepare requests.
+
+    Raises:
+      InputError: when model and cache cannot fit, with the numbers.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: dict,
+        mesh: Mesh,
+        tokenizer: NeoTokenizer,
+        prepare: Preparer,
+        *,
+        slots: int = 8,
+        max_length: int | None = None,
+        kv_dtype: str | None = None,
+        prefill_budget: int = 2048,
+        reuse_prefixes: bool = True,
+        workers: int = 4,
+    ):
+        kv_dtype = kv_dtype or config.dtype
+        if kv_dtype not in KV_DTYPES:
+            raise InputError(f"kv_dtype {kv_dtype!r}: use one of {', '.join(KV_DTYPES)}")
+        if slots < 1 or prefill_budget < 1 or workers < 1:
+            raise InputError("slots, prefill_budget and workers must be 1 or more")
+        self.config, self.params, self.mesh, self.tokenizer = config, params, mesh, tokenizer
+        self._devices = batch_rows(mesh)
+        self._slots_per_device = -(-slots // self._devices)
+        self.slots = self._slots_per_device * self._devices
+        self.max_length = fitting_length(config, params, mesh, self.slots, kv_dtype, max_length)
+        self._budget, self._reuse, self._workers = prefill_budget, reuse_prefixes, workers
+        self._prepare = prepare
+        self._clock = itertools.count()
+        self._slots = [
+            Slot(device, number, np.zeros(0, np.int64))
+            for device in range(self._devices)
+            for number in range(self._slots_per_device)
+        ]
+        with jax.set_mesh(mesh):
+            self._state = programs.new_state(config, self.slots, self.max_length, kv_dtype)
+
+    def plan(self) -> list[shapes.Chunk]:
+        """The shapes of prefill that may be compiled, besides one decode and one copy."""
+        image_tokens = self.config.max_pixels // 1024
+        return shapes.plan(
+            self.max_length, image_tokens, budget=self._budget, slots=self._slots_per_device
+        )
+
+    def warm(self) -> int:
+        """Compiles every planned program; returns how many."""
+        for chunk in self.plan():
+            self._extend(chunk, [])
+        self._decode([])
+        if self.slots > self._devices:
+            self._copy(self._slots[0], self._slots[0])
+        return len(self.plan()) + 1 + (self.slots > self._devices)
+
+    def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, Result]]:
+        """Yields (number of the request, its result) as they finish, in any order.
+
+        Requests are taken from the iterable as they are needed. One that is bad gives a result
+        with an `error`; the others go on.
+        """
+        for index, _, result in self.events(requests):
+            if result:
+                yield index, result
+
+    def events(self, requests: Iterable[Request]) -> Iterator[Event]:
+        """Yields (number, answer so far, result or None) at each token."""
+        with ThreadPoolExecutor(self._workers) as threads:
+            queue = Queue(requests, self._prepare, threads, 2 * self.slots)
+            try:
+                yield from self._loop(queue)
+            finally:
+                queue.cancel()
+                for slot in self._slots:  # an abandoned run's slots are free again
+                    slot.running = None
+
+    def _loop(self, queue: Queue) -> Iterator[Event]:
+        ordered: collections.deque = collections.deque()  # (tokens on the device, whose they are)
+        while True:
+            yield from self._admit(queue, wait=not ordered and not self._running())
+            filling = [running for running in self._running() if not running.is_filled]
+            sent = len(ordered)
+            if filling:
+                ordered.append(self._next_extend(filling))
+            if active := [running for running in self._running() if self._wants_token(running)]:
+                ordered.append(self._decode(active))
+            if not ordered and queue.is_empty and not self._running():
+                return
+            keep = len(ordered) - sent
+            while len(ordered) > keep:
+                yield from self._collect(*ordered.popleft())
+
+    def _running(self) -> list[Running]:
+        running = [slot.running for slot in self._slots if slot.running]
+        return sorted(running, key=lambda running: running.index)
+
+    def _wants_token(self, running: Running) -> bool:
+        return running.is_filled and running.ordered < running.answer.sampling.max_new_tokens
+
+    def _admit(self, queue: Queue, wait: bool) -> Iterator[Event]:
+        """Gives free slots to prepared requests; those that cannot be answered end here."""
+        for index, request, future in queue.ready(wait):
+            try:
+                prepared = future.result()
+                self._check_length(len(prepared.identity), request.sampling.max_new_tokens)
+            except Exception as error:  # one bad request must not end the others
+                queue.remove(index)
+                said = str(error) if isinstance(error, InputError) else repr(error)
+                yield index, None, Result("", (), "error", {}, said)
+                continue
+            chosen = choose(prepared, self._slots, self._reuse)
+            if chosen is None:
+                if all(slot.running for slot in self._slots):
+                    return
+                continue
+            queue.remove(index)
+            slot, source, prefix = chosen
+            if prefix and source is not slot:
+                self._copy(source, slot)
+            stop_ids = [self.tokenizer.turn_end_id]
+            answer = sampling.Answer(request.sampling, self.tokenizer.decode, stop_ids)
+            slot.running = Running(index, prepared, answer, slot, prefix, prefix)
+            slot.identity, slot.used = prepared.identity[:prefix], next(self._clock)
+
+    def _check_length(self, prompt: int, new: int) -> None:
+        if prompt + new > self.max_length:
+            raise InputError(
+                f"the prompt has {prompt} tokens; with max_new_tokens={new} that exceeds the "
+                f"context of {self.max_length}: lower max_pixels or max_new_tokens"
+                + ", or raise max_length"
+                * (self.max_length < self.config.max_position_embeddings)
+            )
+
+    def _next_extend(self, filling: list[Running]) -> tuple[jax.Array, list]:
+        """Extends the oldest request that is being filled, and those that fit beside it."""
+        first, *others = filling
+        start, stop = first.next_chunk(self._budget)
+        has_images = bool(first.prepared.example.is_image[start:stop].any())
+
+        def fits(running: Running) -> bool:
+            begin, end = running.next_chunk(self._budget)
+            images = running.prepared.example.is_image[begin:end].any()
+            is_short = end - begin <= shapes.bucket(stop - start)
+            return is_short and (begin == 0) == (start == 0) and (has_images or not images)
+
+        together = [first, *filter(fits, others)]
+        chunk = shapes.chunk_for(
+            stop - start,
+            has_images,
+            start == 0,
+            is_alone=len(together) == 1,
+            budget=self._budget,
+            slots=self._slots_per_device,
+        )
+        rows, free = [], collections.Counter()
+        for running in together:
+            if free[running.slot.device] < chunk.rows:
+                rows.append((running.slot.device * chunk.rows + free[running.slot.device], running))
+                free[running.slot.device] += 1
+        return self._extend(chunk, rows)
+
+    def _extend(self, chunk: shapes.Chunk, rows: list[tuple[int, Running]]):
+        count = chunk.rows * self._devices
+        examples = [_EMPTY] * count
+        slot_r, start_r = np.zeros(count, np.int32), np.zeros(count, np.int32)
+        is_last_r, seen_rv = np.zeros(count, bool), np.zeros((count, self.config.vocab_size), bool)
+        settings = [sampling.Sampling()] * count
+        for row, running in rows:
+            start, stop = running.next_chunk(self._budget)
+            examples[row] = _part(running.prepared.example, start, stop)
+            slot_r[row], start_r[row] = running.slot.number, start
+            is_last_r[row] = stop == running.length
+            settings[row] = running.answer.sampling
+            prompt = running.prepared.example.tokens
+            seen_rv[row] = sampling.first_seen(settings[row], prompt, self.config.vocab_size)
+            running.filled = stop
+            running.slot.identity = running.prepared.identity[:stop]
+            running.ordered += stop == running.length
+        batch = collate(examples, chunk.length, chunk.num_patches)
+        with jax.set_mesh(self.mesh):
+            arrays = {"slot_r": slot_r, "start_r": start_r, "is_last_r": is_last_r}
+            arrays |= {"seen_rv": seen_rv, "settings": sampling.row_settings(settings)}
+            arrays = jax.tree.map(self._put, arrays) | {"batch": to_device(batch, self.mesh)}
+            tokens_r, self._state = programs.extend(
+                self.config, self.params, self._state, arrays, chunk.is_fresh
+            )
+        return tokens_r, [(row, running) for row, running in rows if running.is_filled]
+
+    def _decode(self, active: list[Running]):
+        places = [self._slots.index(running.slot) for running in active]
+        is_active_b = np.zeros(self.slots, bool)
+        is_active_b[places] = True
+        with jax.set_mesh(self.mesh):
+            tokens_b, self._state = programs.decode(
+                self.config, self.params, self._state, self._put(is_active_b)
+            )
+        for running in active:
+            running.ordered += 1
+        return tokens_b, list(zip(places, active, strict=True))
+
+    def _copy(self, source: Slot, target: Slot) -> None:
+        from_d = np.zeros(self._devices, np.int32)
+        to_d = from_d.copy()
+        from_d[source.device], to_d[source.device] = source.number, target.number
+        with jax.set_mesh(self.mesh):
+            self._state = programs.copy_slot(self._state, self._put(from_d), self._put(to_d))
+
+    def _collect(self, tokens: jax.Array, owners: list[tuple[int, Running]]) -> Iterator[Event]:
+        tokens = np.asarray(tokens)
+        for place, running in owners:
+            answer = running.answer
+            if answer.finish_reason:
+                continue  # ordered before its end was known
+            # The token before this one has been fed, so its keys and values are in the slot.
+            fed = answer.token_ids[-1:]
+            running.slot.identity = np.concatenate([running.slot.identity, np.array(fed, np.int64)])
+            answer.add(int(tokens[place]))
+            result = None
+            if answer.finish_reason:
+                running.slot.running = None
+                usage = {
+                    "prompt_tokens": running.length,
+                    "cached_tokens": running.cached,
+                    "completion_tokens": len(answer.token_ids),
+                }
+                ids = tuple(answer.token_ids)
+                result = Result(answer.text.strip(), ids, answer.finish_reason, usage)
+            yield running.index, answer, result
+
+    def _put(self, array: np.ndarray) -> jax.Array:
+        return put(array, self.mesh, "batch", *[None] * (array.ndim - 1))
+
+
+_EMPTY = Example(
+    tokens=np.zeros(0, np.int32),
+    thw=np.zeros((0, 3), np.int32),
+    is_image=np.zeros(0, bool),
+    patches=np.zeros((0, PATCH_CHANNELS), np.uint8),
+    patch_hw=np.zeros((0, 2), np.int32),
+)
+
+
+def _part(example: Example, start: int, stop: int) -> Example:
+    """Some tokens of a prompt, with their patches."""
+    first, last = (4 * int(example.is_image[:place].sum()) for place in (start, stop))
+    return Example(
+        example.tokens[start:stop],
+        example.thw[start:stop],
+        example.is_image[start:stop],
+        example.patches[first:last],
+        example.patch_hw[first:last],
+    )

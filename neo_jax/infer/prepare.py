@@ -1,0 +1,138 @@
+"""A request to token ids and patches, on the host; equal pictures are worked on once."""
+
+import collections
+import dataclasses
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+
+import numpy as np
+from PIL import Image
+
+from neo_jax.config import PATCH_CHANNELS, ModelConfig
+from neo_jax.data.chat import chat_prompt, expand_images
+from neo_jax.data.example import Example, make_example
+from neo_jax.data.image import ImageSource, patchify, resized_pixels
+from neo_jax.data.tokenizer import NeoTokenizer
+from neo_jax.data.video import load_video, video_prompt
+from neo_jax.errors import InputError
+from neo_jax.infer.request import Request
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A resized and cut picture."""
+
+    patches: np.ndarray  # [P, C] uint8, row-major
+    grid_hw: np.ndarray  # [1, 2]
+    digest: int  # of its content: pictures with equal patches have equal digests
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A prompt as the engine takes it."""
+
+    example: Example
+    # [L] int64: the token, or for a visual token a number made of its picture. Prompts whose
+    # identities agree on a prefix have the same keys and values there.
+    identity: np.ndarray
+
+
+class Preparer:
+    """Turns requests into prompts; safe to use from several threads."""
+
+    def __init__(self, c: ModelConfig, tokenizer: NeoTokenizer, max_pictures: int = 64):
+        self._config, self._tokenizer = c, tokenizer
+        self._pictures = _Once(max_pictures)
+
+    def __call__(self, request: Request) -> Prepared:
+        """Raises InputError for anything wrong with the request."""
+        low = self._config.min_pixels if request.min_pixels is None else request.min_pixels
+        high = self._config.max_pixels if request.max_pixels is None else request.max_pixels
+        if request.video is not None:
+            if request.images:
+                raise InputError("give images or a video, not both")
+            video = load_video(request.video, **request.video_options)
+            question, marks = video_prompt(video, request.prompt), len(video.frames)
+            pictures = [_cut(np.asarray(frame)) for frame in video.frames]
+        else:
+            question, marks = request.prompt, len(request.images)
+            pictures = [self._picture(image, low, high) for image in request.images]
+        prompt = chat_prompt(
+            question, history=request.history, system=request.system, num_images=marks
+        )
+        return self._prompt(prompt, pictures)
+
+    def _picture(self, image: ImageSource, low: int, high: int) -> Picture:
+        def make() -> Picture:
+            return _cut(resized_pixels(image, low, high))
+
+        key = _source_key(image)
+        return make() if key is None else self._pictures((key, low, high), make)
+
+    def _prompt(self, prompt: str, pictures: Sequence[Picture]) -> Prepared:
+        nothing = np.zeros((0, PATCH_CHANNELS), np.uint8), np.zeros((0, 2), np.int32)
+        patches = np.concatenate([nothing[0], *(picture.patches for picture in pictures)])
+        grid_hw = np.concatenate([nothing[1], *(picture.grid_hw for picture in pictures)])
+        token_ids = self._tokenizer.encode(expand_images(prompt, grid_hw))
+        example = make_example(token_ids, patches, grid_hw, self._tokenizer)
+        identity = example.tokens.astype(np.int64)
+        counts = grid_hw.prod(axis=1) // 4
+        visual = [
+            picture.digest ^ np.arange(count)
+            for picture, count in zip(pictures, counts, strict=True)
+        ]
+        if visual:
+            identity[example.is_image] = np.concatenate(visual)
+        return Prepared(example, identity)
+
+
+class _Once:
+    """The latest results by key; who asks for one that is being made waits for it."""
+
+    def __init__(self, size: int):
+        self._size, self._lock = size, threading.Lock()
+        self._made: collections.OrderedDict = collections.OrderedDict()
+
+    def __call__(self, key, make: Callable):
+        with self._lock:
+            future = self._made.get(key)
+            is_mine = future is None
+            if is_mine:
+                future = self._made[key] = Future()
+                while len(self._made) > self._size:
+                    self._made.popitem(last=False)
+            else:
+                self._made.move_to_end(key)
+        if is_mine:
+            try:
+                future.set_result(make())
+            except BaseException as error:
+                with self._lock:
+                    self._made.pop(key, None)
+                future.set_exception(error)
+        return future.result()
+
+
+def _cut(pixels: np.ndarray) -> Picture:
+    patches, grid_hw = patchify(pixels)
+    digest = hashlib.blake2b(patches.tobytes() + grid_hw.tobytes(), digest_size=8).digest()
+    # Negative, so that it is never a token id.
+    return Picture(patches, grid_hw, -(int.from_bytes(digest) >> 2) - 2**61)
+
+
+def _source_key(image: ImageSource):
+    """What stays equal while a source's pixels do; None if that is not known cheaply."""
+    if isinstance(image, bytes):
+        return "bytes", hashlib.blake2b(image, digest_size=16).digest()
+    if isinstance(image, np.ndarray):
+        return "array", image.shape, hashlib.blake2b(image.tobytes(), digest_size=16).digest()
+    if isinstance(image, Image.Image):
+        return None
+    try:
+        status = os.stat(image)
+    except (OSError, ValueError, TypeError):
+        return None  # opening it says what is wrong
+    return "file", os.path.abspath(image), status.st_mtime_ns, status.st_size
