@@ -26,6 +26,8 @@ def interval_attention(
     An empty interval gives an average of all values, which is finite; nobody reads it.
     """
     length = q_btnj.shape[1]
+    if length == 1:
+        return _attend_one(q_btnj, k_bskj, v_bskh, start_bt, end_bt, scale)
     if length <= QUERY_BLOCK:
         return _attend(q_btnj, k_bskj, v_bskh, start_bt, end_bt, scale)
     missing = -length % QUERY_BLOCK
@@ -66,3 +68,27 @@ def _attend(q_btnj, k_bskj, v_bskh, start_bt, end_bt, scale):
     p_bkgts = jax.nn.softmax(scores_bkgts, axis=-1).astype(v_bskh.dtype)
     z_btkgh = jnp.einsum("bkgts,bskh->btkgh", p_bkgts, v_bskh, precision=precision)
     return z_btkgh.reshape(b, t, n, v_bskh.shape[-1], out_sharding=P(batch, None, heads, None))
+
+
+def _attend_one(q_b1nj, k_bskj, v_bskh, start_b1, end_b1, scale):
+    """One query per row, as in decoding: products and sums over keys where they lie.
+
+    A dot would have TPUs lay out the whole cache anew, with heads before time, at every token.
+    """
+    b, _, n, j = q_b1nj.shape
+    num_keys, num_kv_heads = k_bskj.shape[1:3]
+    batch, _, heads, _ = jax.typeof(q_b1nj).sharding.spec
+    grouped = P(batch, None, heads, None, None)
+    q_b1kgj = q_b1nj.reshape(b, 1, num_kv_heads, n // num_kv_heads, j, out_sharding=grouped).astype(
+        jnp.float32
+    )
+    k_bskj, v_bskh = k_bskj.astype(jnp.float32), v_bskh.astype(jnp.float32)
+    groups = range(n // num_kv_heads)  # one by one: XLA would write the broadcast keys down
+    scores_bskg = jnp.stack([jnp.sum(q_b1kgj[..., g, :] * k_bskj, axis=-1) for g in groups], -1)
+    key_s = jnp.arange(num_keys, dtype=jnp.int32)
+    is_seen_bs = (key_s >= start_b1) & (key_s < end_b1)
+    scores_bskg = jnp.where(is_seen_bs[..., None, None], scale * scores_bskg, -1e30)
+    p_bskg = jax.nn.softmax(scores_bskg, axis=1)
+    z_bkgh = jnp.stack([jnp.sum(p_bskg[..., g, None] * v_bskh, axis=1) for g in groups], 2)
+    z_b1nh = z_bkgh.reshape(b, 1, n, -1, out_sharding=P(batch, None, heads, None))
+    return z_b1nh.astype(q_b1nj.dtype)
