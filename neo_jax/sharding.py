@@ -53,8 +53,8 @@ def make_mesh(
     devices = list(jax.devices() if devices is None else devices)
     if shape is None:
         shape = (1, 1, math.gcd(len(devices), num_key_value_heads or 1))
-    if len(shape) != len(MESH_AXES):
-        raise InputError(f"mesh {tuple(shape)}: give the sizes of {MESH_AXES}")
+    if len(shape) != len(MESH_AXES) or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise InputError(f"mesh {shape!r}: give the sizes of {MESH_AXES}, each 1 or more")
     if math.prod(shape) > len(devices):
         raise InputError(
             f"mesh {tuple(shape)} needs {math.prod(shape)} devices, {len(devices)} are here"

@@ -1,7 +1,9 @@
 """infer.py as a user runs it: an answer, or one line and exit code 2."""
 
+import json
+
 import pytest
-from conftest import GOLDEN
+from conftest import GOLDEN, load_case
 
 import infer
 
@@ -36,8 +38,28 @@ def test_bad_input_gives_one_line_and_code_2(arguments, said, capsys):
     assert err.count("\n") == 1
 
 
-def test_help_has_an_example(capsys):
+def test_batch_answers_a_file_and_goes_on(tmp_path, capsys):
+    lines = [{"id": "a", "prompt": "What is this?", "images": [IMAGE]}, {"id": "b", "prompt": "Hi"}]
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked = ["batch", "--model", MODEL, "--dtype", "float32", "--max-new-tokens", "4"]
+    asked += ["--slots", "2", "--max-length", "512", str(source), str(target)]
+    assert infer.main(asked) == 0
+    answers = {line["id"]: line for line in map(json.loads, target.read_text().splitlines())}
+    assert sorted(answers) == ["a", "b"]
+    whole = load_case("generate").chat("Hi", max_new_tokens=4)
+    assert answers["b"]["text"] == whole
+    target.write_text(target.read_text().splitlines(keepends=True)[0] + '{"id": "b", "te')
+    assert infer.main(asked) == 0
+    again = {line["id"]: line for line in map(json.loads, target.read_text().splitlines())}
+    assert again == answers
+    assert infer.main([*asked[:-2], str(tmp_path / "absent.jsonl"), str(target)]) == 2
+    assert "absent.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["ask", "batch"])
+def test_help_has_an_example(command, capsys):
     with pytest.raises(SystemExit) as stopped:
-        infer.main(["ask", "--help"])
+        infer.main([command, "--help"])
     assert stopped.value.code == 0
-    assert "example: python infer.py ask" in capsys.readouterr().out
+    assert f"example: python infer.py {command}" in capsys.readouterr().out

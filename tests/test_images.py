@@ -81,5 +81,10 @@ def test_bad_images_are_named(tmp_path):
         open_rgb(tmp_path / "cut.jpg")
     with raises("image .*too_extreme_3x700.png", "aspect ratio"):
         neo_jax.preprocess_image(GOLDEN / "images/files/too_extreme_3x700.png")
-    with raises("cannot resize 0 x 5"):
+    with raises("cannot resize 0 x 5 to between 65536 and 4194304 pixels"):
         neo_jax.smart_resize(0, 5)
+    with raises("between 5000 and 1000 pixels"):
+        neo_jax.smart_resize(64, 64, 32, 5000, 1000)
+    for odd in (None, np.zeros((4, 4, 3)), np.zeros((4, 4, 5), np.uint8), str(tmp_path)):
+        with raises("image "):
+            neo_jax.preprocess_image(odd)

@@ -227,6 +227,12 @@ def test_plain_qwen3_is_recognised(broken):
 def test_mesh_that_does_not_fit():
     with raises("needs 16 devices, 8 are here"):
         neo_jax.load(GOLDEN / "single_image/hf", mesh=(2, 4, 2))
+    for mesh in ((1, 3, 1), (1, 1, 4)):
+        with raises("does not divide", "2 key-value heads", "hidden size of 64"):
+            neo_jax.load(GOLDEN / "single_image/hf", mesh=mesh)
+    for mesh in ((0, 1, 1), (1, 1), "abc"):
+        with raises("give the sizes of"):
+            neo_jax.load(GOLDEN / "single_image/hf", mesh=mesh)
     with raises("dtype 'float64'"):
         neo_jax.load(GOLDEN / "single_image/hf", dtype="float64")
 
@@ -239,3 +245,6 @@ def test_arguments_of_logits_are_checked():
         neo.logits([1, 2], np.zeros((4, 768), np.float32), np.array([[4, 4]]))
     with raises("token ids must lie in 0..599"):
         neo.logits([1, 600])
+    for odd in ([], [[1, 2]], [1.5]):
+        with raises("give .L. integers"):
+            neo.logits(odd)

@@ -35,8 +35,10 @@ def smart_resize(
     Raises:
       InputError: when the aspect ratio is above 200, or a side or a limit is not positive.
     """
-    if min(height, width, factor) < 1 or max_pixels < 1:
-        raise InputError(f"cannot resize {height} x {width} to at most {max_pixels} pixels")
+    if min(height, width, factor) < 1 or not min_pixels <= max_pixels or max_pixels < 1:
+        raise InputError(
+            f"cannot resize {height} x {width} to between {min_pixels} and {max_pixels} pixels"
+        )
     ratio = max(height, width) / min(height, width)
     if ratio > MAX_ASPECT_RATIO:
         raise InputError(
@@ -79,7 +81,14 @@ def open_rgb(source: ImageSource) -> Image.Image:
         raise InputError(f"image {source}: no such file") from error
     except UnidentifiedImageError as error:
         raise InputError(f"image {_name(source)}: not a picture that Pillow can read") from error
-    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        Image.DecompressionBombError,
+    ) as error:
         raise InputError(f"image {_name(source)}: {error}") from error
 
 

@@ -91,12 +91,11 @@ class Pipeline:
     def embed_patches(self, pixel_values: np.ndarray, grid_hw: np.ndarray) -> np.ndarray:
         """Visual tokens of some images: [P, 768] float32, [n, 2] -> [P/4, D], in token order."""
         t = self.tokenizer
-        token_ids = np.concatenate(
-            [
-                [t.image_start_id, *[t.image_context_id] * (int(rows) * int(columns) // 4)]
-                for rows, columns in np.asarray(grid_hw).reshape(-1, 2)
-            ]
-        )
+        token_ids = [
+            number
+            for rows, columns in np.asarray(grid_hw).reshape(-1, 2)
+            for number in (t.image_start_id, *[t.image_context_id] * (int(rows * columns) // 4))
+        ]
         example = self._example(token_ids, pixel_values, grid_hw)
         with jax.set_mesh(self.mesh):
             batch = _padded(example, self.mesh)
@@ -202,13 +201,18 @@ class Pipeline:
         if np.shape(patches) != wanted:
             raise InputError(f"pixel_values is {np.shape(patches)}, grid_hw asks for {wanted}")
         token_ids = np.asarray(token_ids)
-        if token_ids.size and not 0 <= token_ids.min() <= token_ids.max() < self.config.vocab_size:
+        if token_ids.ndim != 1 or not len(token_ids) or token_ids.dtype.kind not in "iu":
+            raise InputError(f"token_ids is {token_ids.dtype} {token_ids.shape}: give [L] integers")
+        if not 0 <= token_ids.min() <= token_ids.max() < self.config.vocab_size:
             raise InputError(f"token ids must lie in 0..{self.config.vocab_size - 1}")
         return make_example(token_ids, np.asarray(patches), grid_hw, self.tokenizer)
 
 
 def load(
-    path: str | Path, dtype: str = "bfloat16", mesh: Mesh | tuple[int, int, int] | None = None
+    path: str | Path,
+    dtype: str = "bfloat16",
+    mesh: Mesh | tuple[int, int, int] | None = None,
+    weights: str | None = None,
 ) -> Pipeline:
     """Loads a model.
 
@@ -219,6 +223,7 @@ def load(
         softmax and logits are float32 in both.
       mesh: a jax Mesh with axes (data, fsdp, tensor), or its sizes; default: heads split over
         as many local devices as divide them.
+      weights: "int8" keeps the large matrices in 8 bits, half the memory of bfloat16.
 
     Raises:
       InputError: naming the file, key or field that is missing or wrong.
@@ -228,7 +233,7 @@ def load(
     tokenizer = NeoTokenizer.from_directory(side_directory(path))  # before gigabytes are read
     if mesh is not None and not isinstance(mesh, Mesh):
         mesh = make_mesh(mesh)
-    config, params = load_params(path, dtype, mesh)
+    config, params = load_params(path, dtype, mesh, weights)
     if tokenizer.vocab_size > config.vocab_size:
         raise InputError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the model "

@@ -50,10 +50,15 @@ class Sampling:
         check("repetition_penalty", Real, 0.01, 100, "a number from 0.01 to 100; 1 is off")
         check("max_new_tokens", Integral, 1, math.inf, "an integer of 1 or more")
         check("seed", Integral, 0, 2**32 - 1, "an integer from 0 to 4294967295")
+        for name in ("penalize_prompt", "stop_on_repetition"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name} is {getattr(self, name)!r}: use True or False")
         stop = tuple(self.stop) if isinstance(self.stop, tuple | list) else (self.stop,)
         if not all(isinstance(text, str) and text for text in stop):
             raise InputError(f"stop is {stop!r}: use texts of one or more characters")
-        ids = tuple(np.ravel(self.stop_token_ids).tolist())
+        given = self.stop_token_ids
+        ids = tuple(given) if isinstance(given, Sequence | np.ndarray) else (given,)
+        ids = tuple(int(i) if isinstance(i, Integral) else i for i in ids)
         if not all(isinstance(number, int) and number >= 0 for number in ids):
             raise InputError(f"stop_token_ids is {ids!r}: use token ids, 0 or more")
         object.__setattr__(self, "stop", stop)

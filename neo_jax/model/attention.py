@@ -98,7 +98,8 @@ def _project(x_btd: jax.Array, t_dnh: jax.Array, hw_dnh: jax.Array) -> jax.Array
     """
     b, t, d = x_btd.shape
     if b * t > d:
-        weight = join_halves(layers.whole(t_dnh, x_btd.dtype), layers.whole(hw_dnh, x_btd.dtype))
+        t_dnh, hw_dnh = (layers.whole(weight, x_btd.dtype) for weight in (t_dnh, hw_dnh))
+        weight = jax.tree.map(join_halves, t_dnh, hw_dnh)  # of an int8 matrix, the scales too
         return layers.einsum("btd,dnj->btnj", x_btd, weight)
     return join_halves(
         layers.einsum("btd,dnh->btnh", x_btd, t_dnh),

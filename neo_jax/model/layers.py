@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from neo_jax.model.int8 import Int8Matrix
 from neo_jax.sharding import gathered, spec
 
 
@@ -32,19 +33,51 @@ def ones(size: int) -> nnx.Param:
     return nnx.Param(jnp.ones(size), out_sharding=P(None))
 
 
-def whole(weight: jax.Array, dtype: str) -> jax.Array:
-    """A weight ready to compute with: cast, then gathered over `fsdp`, so half the bytes move."""
-    weight = weight[...].astype(dtype)
-    return jax.sharding.reshard(weight, gathered(jax.typeof(weight).sharding.spec))
+def whole(weight: jax.Array | Int8Matrix, dtype: str) -> jax.Array | Int8Matrix:
+    """A weight ready to compute with: cast, then gathered over `fsdp`, so half the bytes move.
 
-
-def einsum(equation: str, x: jax.Array, weight: jax.Array, *, out: P | None = None) -> jax.Array:
-    """A product of activations and a weight in the activations' type.
-
-    Float32 really is float32: TPUs and GPUs would otherwise round the factors first.
+    An int8 matrix is gathered as it is.
     """
+    weight = weight[...]
+    if not isinstance(weight, Int8Matrix):
+        weight = weight.astype(dtype)
+    return jax.tree.map(
+        lambda part: jax.sharding.reshard(part, gathered(jax.typeof(part).sharding.spec)), weight
+    )
+
+
+def einsum(
+    equation: str,
+    x: jax.Array,
+    weight: jax.Array | Int8Matrix,
+    *,
+    out: P | None = None,
+    dtype: str | None = None,
+) -> jax.Array:
+    """A product of activations and a weight, in `dtype`; default: the activations' type.
+
+    Float32 really is float32: TPUs and GPUs would otherwise round the factors first. The scales
+    of an int8 weight multiply the product, whose last dimensions are the weight's outputs.
+    """
+    weight, scale = whole(weight, x.dtype), None
+    if isinstance(weight, Int8Matrix):
+        letters, kept = equation.split(",")[1].split("->")
+        summed = [axis for axis, letter in enumerate(letters) if letter not in kept]
+        scale = jnp.squeeze(weight.scale, summed)
+        weight = weight.values.astype(x.dtype)
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.einsum(equation, x, whole(weight, x.dtype), precision=precision, out_sharding=out)
+    y = jnp.einsum(
+        equation, x, weight, precision=precision, preferred_element_type=dtype, out_sharding=out
+    )
+    return y if scale is None else (y * scale).astype(y.dtype)
+
+
+def take_rows(table: jax.Array | Int8Matrix, index: jax.Array, dtype: str) -> jax.Array:
+    """Rows [..., D] of a table as `whole` gives it; only they become floats."""
+    if index.size == 1 and isinstance(table, Int8Matrix):
+        # For a single row the TPU compiler would first copy an int8 table to other tiles.
+        return take_rows(table, jnp.stack([index, index]), dtype)[0]
+    return table[index].astype(dtype)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from neo_jax.batch import Batch
 from neo_jax.config import ModelConfig
+from neo_jax.errors import InputError
 from neo_jax.kernels.interval_attention import interval_attention
 from neo_jax.kernels.intervals import intervals
 from neo_jax.model import cache as kv
@@ -173,13 +174,7 @@ class Neo(nnx.Module):
     def logits(self, y_btd: jax.Array) -> jax.Array:
         """[B, T, D] normed -> [B, T, V] float32."""
         head_vd = self.embed if self.cfg.tie_word_embeddings else self.lm_head
-        return jnp.einsum(
-            "btd,vd->btv",
-            y_btd,
-            layers.whole(head_vd, y_btd.dtype),
-            preferred_element_type=jnp.float32,
-            precision=jax.lax.Precision.HIGHEST if y_btd.dtype == jnp.float32 else None,
-        )
+        return layers.einsum("btd,vd->btv", y_btd, head_vd, dtype="float32")
 
     def _stacks(self) -> Iterator[tuple[str, decoder.Block]]:
         """The stacks in order; a model grown without a Pre-Buffer has but one."""
@@ -192,7 +187,7 @@ class Neo(nnx.Module):
             first = jax.lax.axis_index(AXES["vocab"]) * table_vd.shape[0]
             row_bt = tokens_bt - first
             is_here = (row_bt >= 0) & (row_bt < table_vd.shape[0])
-            rows_btd = table_vd[jnp.where(is_here, row_bt, 0)]
+            rows_btd = layers.take_rows(table_vd, jnp.where(is_here, row_bt, 0), self.cfg.dtype)
             return jax.lax.psum(jnp.where(is_here[..., None], rows_btd, 0), AXES["vocab"])
 
         lookup = jax.shard_map(
@@ -228,16 +223,32 @@ def _graphdef(c: ModelConfig, mesh) -> nnx.GraphDef:
 
 
 def abstract_params(c: ModelConfig, mesh: Mesh | None = None, dtype: str = "float32") -> dict:
-    """Shape, type and place of every parameter, without making any."""
-    mesh = make_mesh((1, 1, 1)) if mesh is None else mesh
-    with jax.set_mesh(mesh):
-        shapes = jax.eval_shape(lambda: init_params(c, jax.random.key(0)))
+    """Shape, type and place of every parameter, without making any.
 
-    def place(leaf):
+    Raises:
+      InputError: listing the parameters that the mesh cannot split evenly.
+    """
+    with jax.set_mesh(one := make_mesh((1, 1, 1))):
+        shapes = jax.eval_shape(lambda: init_params(c, jax.random.key(0)))
+    mesh, problems = one if mesh is None else mesh, []
+
+    def place(path, leaf):
         sharding = NamedSharding(mesh, leaf.sharding.spec)
+        try:
+            sharding.shard_shape(leaf.shape)
+        except ValueError:
+            name = "/".join(entry.key for entry in path)
+            problems.append(f"{name} {leaf.shape} by {leaf.sharding.spec}")
         return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=sharding)
 
-    return jax.tree.map(place, shapes)
+    params = jax.tree_util.tree_map_with_path(place, shapes)
+    if problems:
+        raise InputError(
+            f"mesh {dict(mesh.shape)} does not divide {len(problems)} parameters, such as "
+            f"{problems[0]}: use sizes that divide {c.num_key_value_heads} key-value heads "
+            f"(tensor) and a hidden size of {c.hidden_size} (fsdp)"
+        )
+    return params
 
 
 def count_params(c: ModelConfig) -> int:

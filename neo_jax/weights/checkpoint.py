@@ -26,6 +26,7 @@ from neo_jax.model.neo import abstract_params
 from neo_jax.sharding import MESH_AXES, make_mesh
 from neo_jax.weights import mapping, orbax_files
 from neo_jax.weights.directory import new_directory, read_json
+from neo_jax.weights.place import param_target, place_params
 from neo_jax.weights.published import read_part
 from neo_jax.weights.tensor_files import Tensor
 
@@ -128,13 +129,28 @@ def _pending_params(c, tensors, mesh_shape, dtype, wrote) -> dict:
 
 
 def load_checkpoint(
-    checkpoint: Checkpoint, dtype: str, mesh: Mesh | None = None
+    checkpoint: Checkpoint, dtype: str, mesh: Mesh | None = None, weights: str | None = None
 ) -> tuple[ModelConfig, dict]:
-    """Restores the parameters onto a mesh, in `dtype`."""
+    """Restores the parameters onto a mesh, in `dtype`, the matrices in int8 if `weights` says so.
+
+    Raises:
+      InputError: naming the directory, when it is damaged or holds other parameters.
+    """
     c = checkpoint.config
     if mesh is None:
         mesh = make_mesh(num_key_value_heads=c.num_key_value_heads)
-    return c, orbax_files.read_tree(checkpoint.params, abstract_params(c, mesh, dtype))
+    target = param_target(c, mesh, dtype, weights)
+    if weights is None:
+        return c, orbax_files.read_tree(checkpoint.params, target)
+    stores = open_params(checkpoint)
+
+    def read(path, leaf, index):
+        return stores[path][index].read().result().astype(leaf.dtype)
+
+    try:
+        return c, place_params(target, read)
+    except (ValueError, OSError) as error:
+        raise InputError(f"{checkpoint.params}: cannot read: {error}") from error
 
 
 def open_params(checkpoint: Checkpoint) -> dict[mapping.Path, ts.TensorStore]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from neo_jax.config import ModelConfig
 from neo_jax.errors import InputError
+from neo_jax.model.int8 import Int8Matrix
 from neo_jax.weights import mapping
 from neo_jax.weights.checkpoint import DESCRIPTION
 from neo_jax.weights.directory import copy_side_files, new_directory, read_json
@@ -39,6 +40,8 @@ def save_hf(neo_or_params, config: ModelConfig, path: str | Path, **options) -> 
       InputError: when the directory exists or cannot be written.
     """
     params = getattr(neo_or_params, "params", neo_or_params)
+    if isinstance(params["embed"], Int8Matrix):
+        raise InputError("int8 is no published type: load without weights='int8' to export")
     leaf = _LeafOnHost(params)
     dtype = options.pop("dtype", None) or params["embed"].dtype.name
     write_published(path, config, leaf.read, dtype, **options)

@@ -25,12 +25,25 @@ def side_directory(path: str | Path) -> Path:
     return checkpoint.directory if checkpoint else path
 
 
-def load_params(path: str | Path, dtype: str, mesh: Mesh | None) -> tuple[ModelConfig, dict]:
+def load_params(
+    path: str | Path, dtype: str, mesh: Mesh | None, weights: str | None = None
+) -> tuple[ModelConfig, dict]:
     """Configuration and parameters of either kind of directory, on a mesh, in `dtype`.
 
     Each device's part is read for itself; no host holds the whole model.
+
+    Args:
+      path: the directory.
+      dtype: of the parameters and of matrix products.
+      mesh: where the arrays go; default: `make_mesh` for this model.
+      weights: "int8" keeps the big matrices as `Int8Matrix`, quantised while they are read.
+
+    Raises:
+      InputError: for another value of `weights`, or a file, key or shape that is not right.
     """
+    if weights not in (None, "int8"):
+        raise InputError(f"weights {weights!r}: use 'int8', or None for those of the checkpoint")
     checkpoint = find_checkpoint(path, dtype)
     if checkpoint:
-        return load_checkpoint(checkpoint, dtype, mesh)
-    return load_published(path, dtype, mesh)
+        return load_checkpoint(checkpoint, dtype, mesh, weights)
+    return load_published(path, dtype, mesh, weights)

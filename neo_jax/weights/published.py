@@ -4,17 +4,16 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from neo_jax.config import ModelConfig
 from neo_jax.errors import InputError
-from neo_jax.model.neo import abstract_params
 from neo_jax.sharding import make_mesh
 from neo_jax.weights import mapping
 from neo_jax.weights.directory import read_json
+from neo_jax.weights.place import param_target, place_params
 from neo_jax.weights.tensor_files import Tensor, open_tensors
 
 LOG = logging.getLogger(__name__)
@@ -73,7 +72,10 @@ def stored_dtype(tensors: Mapping[str, Tensor]) -> str:
 
 
 def load_published(
-    directory: str | Path, dtype: str = "bfloat16", mesh: Mesh | None = None
+    directory: str | Path,
+    dtype: str = "bfloat16",
+    mesh: Mesh | None = None,
+    weights: str | None = None,
 ) -> tuple[ModelConfig, dict]:
     """Reads a directory as published.
 
@@ -81,6 +83,7 @@ def load_published(
       directory: holds config.json and model*.safetensors.
       dtype: of the parameters and of matrix products.
       mesh: where the arrays go; default: `make_mesh` for this model.
+      weights: "int8" quantises the matrices while they are read.
 
     Returns:
       the configuration and the parameters.
@@ -91,30 +94,19 @@ def load_published(
     c, tensors = open_published(directory, dtype)
     if mesh is None:
         mesh = make_mesh(num_key_value_heads=c.num_key_value_heads)
-    return c, read_params(c, tensors, abstract_params(c, mesh, dtype))
+    return c, read_params(c, tensors, param_target(c, mesh, dtype, weights))
 
 
 def read_params(c: ModelConfig, tensors: dict[str, Tensor], target: dict) -> dict:
-    """Reads every parameter to the shape, type and place that `target` gives it.
-
-    Each device's part is read for itself, once; no whole model is held on the host.
-    """
+    """Reads every parameter to the shape, type and place that `target` gives it (`place.py`)."""
     table = {row.path: row for row in mapping.rows(c)}
 
-    def read(path, leaf):
-        row = table[tuple(entry.key for entry in path)]
+    def read(path, leaf, index):
+        row = table[path]
         keys = [row.key.format(layer=layer) for layer in mapping.layers_of(row, c)]
-        parts = {}
+        return read_part(row, [tensors[key] for key in keys], leaf, index)
 
-        def part(index):
-            box = tuple(range(*i.indices(size)) for i, size in zip(index, leaf.shape, strict=True))
-            if box not in parts:
-                parts[box] = read_part(row, [tensors[key] for key in keys], leaf, index)
-            return parts[box]
-
-        return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
-
-    return jax.tree_util.tree_map_with_path(read, target)
+    return place_params(target, read)
 
 
 def read_part(row: mapping.Row, tensors: list[Tensor], leaf, index: mapping.Index) -> np.ndarray:

@@ -1,0 +1,488 @@
+"""Batches of requests that are killed, mistaken, changed or starved: nothing lost or doubled."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+from conftest import raises
+
+from neo_jax.infer import batch
+from neo_jax.infer.batch import Counts, run_batch
+from neo_jax.infer.request import Request, Result
+from neo_jax.infer.sampling import Sampling
+
+# Writes each answer in two parts, with a pause, and tells before the second; then stops for good.
+_SLOW = """
+import sys, time
+sys.path.insert(0, "tests")
+from test_batch import batch, run_batch, serve
+source, target, last = sys.argv[1:]
+told = 0
+
+def write(file, data):
+    global told
+    file.write(data[: len(data) // 2])
+    told += 1
+    print(told, flush=True)
+    time.sleep(1000 if told == int(last) else 0.001)
+    file.write(data[len(data) // 2 :])
+
+batch._write = write
+run_batch(source, target, serve)
+"""
+
+
+def said(request):
+    """What `serve` answers: it depends on all of the request."""
+    return f"{request.prompt} 回 {zlib.crc32(repr(request).encode())}"
+
+
+def serve(requests, window=7):
+    """Takes a few requests and answers them out of order; "fail" in a prompt is an error."""
+    held = {}
+    for number, request in enumerate(requests):
+        held[number] = request
+        if len(held) == window:
+            chosen = list(held)[number * 5 % window]
+            yield chosen, answered(held.pop(chosen))
+    for number in reversed(held):
+        yield number, answered(held[number])
+
+
+def answered(request):
+    if "fail" in request.prompt:
+        return Result("", (), "error", {}, "image x.png: no such file")
+    return Result(said(request), (len(request.prompt), 7), "stop", {"prompt_tokens": 3})
+
+
+def unasked(requests):
+    raise AssertionError("there is nothing to ask")
+
+
+def write_lines(path, *lines):
+    """Each line is text or an object to write as JSON."""
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    path.write_bytes("".join(text + "\n" for text in texts).encode())
+    return path
+
+
+def read_lines(path):
+    """The answers by id; none may be there twice."""
+    lines = [json.loads(line) for line in path.read_bytes().splitlines()]
+    assert len({str(line["id"]) for line in lines}) == len(lines)
+    return {line["id"]: line for line in lines}
+
+
+def ask(*lines, folder):
+    """Writes requests and their answers; returns both paths."""
+    source = write_lines(folder / "in.jsonl", *lines)
+    run_batch(source, folder / "out.jsonl", serve)
+    return source, folder / "out.jsonl"
+
+
+def request_of(record, folder, **options):
+    """The Request that a record comes to, or its error."""
+    seen = []
+
+    def remember(requests):
+        for number, request in enumerate(requests):
+            seen.append(request)
+            yield number, answered(request)
+
+    source = write_lines(folder / "in.jsonl", record)
+    (folder / "out.jsonl").unlink(missing_ok=True)
+    run_batch(source, folder / "out.jsonl", remember, **options)
+    (line,) = read_lines(folder / "out.jsonl").values()
+    return seen[0] if seen else line["error"]
+
+
+def run_and_kill(source, target, wanted):
+    """Runs a batch in a process of its own and kills it at the wanted answer, or near."""
+    arguments = [sys.executable, "-c", _SLOW, str(source), str(target), str(wanted + 5)]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, cwd=Path(__file__).parents[1])
+    while int(process.stdout.readline()) < wanted:
+        pass
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_five_kills_lose_and_double_nothing(tmp_path):
+    seeds = {f"q{i}": i for i in range(200)}
+    records = [{"id": name, "prompt": "ask " + name, "seed": i} for name, i in seeds.items()]
+    source, target = write_lines(tmp_path / "in.jsonl", *records), tmp_path / "out.jsonl"
+    before = b""
+    for wanted in (1, 23, 40, 9, 55):
+        run_and_kill(source, target, wanted)
+        after = target.read_bytes()
+        assert after.startswith(before)
+        assert after.count(b"\n") >= before.count(b"\n") + wanted - 1
+        before = after[: after.rfind(b"\n") + 1]
+    kept = before.count(b"\n")
+    counts = run_batch(source, target, serve)
+    assert counts == Counts(total=200, kept=kept, failed=0, written=200 - kept)
+    assert counts.written > 0
+    assert target.read_bytes().startswith(before)
+    asked = {name: Request("ask " + name, sampling=Sampling(seed=i)) for name, i in seeds.items()}
+    answers = {name: line["text"] for name, line in read_lines(target).items()}
+    assert answers == {name: said(request) for name, request in asked.items()}
+
+
+def test_a_file_cut_anywhere_goes_on(tmp_path, monkeypatch):
+    source, target = ask(*({"prompt": f"ask {i}"} for i in range(3)), folder=tmp_path)
+    whole = target.read_bytes()
+    monkeypatch.setattr(batch.os, "fsync", lambda file: None)  # for speed
+    for size in range(len(whole)):
+        target.write_bytes(whole[:size])
+        run_batch(source, target, serve)
+        kept = whole[: whole[:size].rfind(b"\n") + 1]
+        assert target.read_bytes().startswith(kept)
+        assert sorted(target.read_bytes().splitlines()) == sorted(whole.splitlines())
+
+
+def test_an_answer_says_all_there_is(tmp_path):
+    _, target = ask({"id": 5, "prompt": "a", "meta": {"gold": ["é", "\ud800"]}}, folder=tmp_path)
+    raw = target.read_bytes()
+    assert raw.startswith(b'{"id": 5, "text": "a ' + "回".encode())
+    line = json.loads(raw)
+    key = line.pop("key")
+    assert len(key) == 16
+    assert line.pop("text") == said(Request("a"))
+    usage = {"prompt_tokens": 3, "cached_tokens": 0, "completion_tokens": 0}
+    assert line == {
+        "id": 5,
+        "token_ids": [1, 7],
+        "finish_reason": "stop",
+        "usage": usage,
+        "meta": {"gold": ["é", "\ud800"]},
+    }
+
+
+def test_a_record_comes_to_a_request(tmp_path):
+    record = {
+        "prompt": "<image><image>a",
+        "images": ["x.png", "/tmp/y.png"],
+        "history": [["q", "a"]],
+        "system": "s",
+        "temperature": 1,
+        "stop": ["."],
+        "stop_token_ids": [3],
+        "stop_on_repetition": True,
+        "max_pixels": 65536,
+        "min_pixels": None,
+    }
+    assert request_of(record, tmp_path) == Request(
+        "<image><image>a",
+        (f"{tmp_path}/x.png", "/tmp/y.png"),
+        history=(("q", "a"),),
+        system="s",
+        sampling=Sampling(temperature=1, stop=(".",), stop_token_ids=(3,), stop_on_repetition=True),
+        max_pixels=65536,
+    )
+    assert request_of({"prompt": "a", "image": "x.png"}, tmp_path).images == (f"{tmp_path}/x.png",)
+    record = {"prompt": "a", "video": "v.mp4", "video_options": {"fps": 2, "span": [1, 2.5]}}
+    options = {"fps": 2, "span": [1, 2.5]}
+    video = f"{tmp_path}/v.mp4"
+    assert request_of(record, tmp_path) == Request("a", video=video, video_options=options)
+    record = {"prompt": "a", "video": ["1.png", "2.png"]}
+    assert request_of(record, tmp_path).video == [f"{tmp_path}/1.png", f"{tmp_path}/2.png"]
+
+
+def test_messages_are_a_prompt_with_history(tmp_path):
+    def request(*said, **fields):
+        roles = {"s": "system", "u": "user", "a": "assistant"}
+        messages = [{"role": roles[text[0]], "content": text} for text in said]
+        return request_of({"messages": messages, **fields}, tmp_path)
+
+    assert request("u") == Request("u")
+    assert request("s", "u", image="x") == Request("u", (f"{tmp_path}/x",), system="s")
+    turns = (("u1", "a1"), ("u2", "a2"))
+    assert request("s", "u1", "a1", "u2", "a2", "u3") == Request("u3", history=turns, system="s")
+    for wrong in ([], ["s"], ["a"], ["u", "a"], ["u", "u", "u"], ["u", "s", "u"]):
+        assert "messages: system, if any, then user and assistant" in request(*wrong)
+    assert "messages, or prompt, history and system, not both" in request("u", prompt="u")
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ('{"prompt": "a"', "not JSON: Expecting ',' delimiter at column 15"),
+        ("[1]", "not a JSON object"),
+        ('"\udcff"', "'utf-8' codec can't decode byte 0xff"),
+        ("[" * 100000, "recursion"),
+        ({"id": 1.5, "prompt": "a"}, "id is 1.5: use a text or an integer"),
+        ({}, "no prompt: give a prompt or messages"),
+        ({"prompt": 5}, "prompt is 5: use str"),
+        ({"prompt": "\ud800"}, "prompt is"),
+        ({"prompt": "a", "tempreature": 1}, "'tempreature': did you mean 'temperature'?"),
+        ({"prompt": "a", "metadata": 1}, "'metadata': did you mean 'meta'?"),
+        ({"prompt": "a", "temperature": "hot"}, "temperature is 'hot': use float"),
+        ({"prompt": "a", "temperature": -1}, "temperature is -1: use 0 or from 1e-6"),
+        ({"prompt": "a", "top_p": float("nan")}, "top_p is nan"),
+        ({"prompt": "a", "penalize_prompt": "false"}, "penalize_prompt is 'false': use bool"),
+        ({"prompt": "a", "stop_token_ids": [[1], [2, 3]]}, "use list[int]"),
+        ({"prompt": "a", "images": "x.png"}, "images is 'x.png': use list[str]"),
+        ({"prompt": "a", "images": [], "image": "x"}, "give image or images, not both"),
+        ({"prompt": "a", "history": [["q"]]}, "history is [['q']]: use list[tuple[str, str]]"),
+        ({"prompt": "a", "max_pixels": 10**30}, "max_pixels is"),
+        ({"prompt": "a", "video_options": {"fsp": 1}}, "'fsp': did you mean 'fps'?"),
+        ({"prompt": "a", "video_options": {"fps": "1"}}, "fps is '1': use float | None"),
+        ({"messages": [{"role": "user"}]}, "give each a role and a content"),
+        ({"messages": [{"role": "user", "content": [1]}]}, "use list[dict[str, str]]"),
+    ],
+)
+def test_a_bad_record_fails_and_the_rest_go_on(line, error, tmp_path):
+    text = line if isinstance(line, str) else json.dumps(line)
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(
+        f'{{"prompt": "a"}}\n\n{text}\n{{"prompt": "b"}}'.encode(errors="surrogateescape")
+    )
+    counts = run_batch(source, tmp_path / "out.jsonl", serve)
+    assert counts == Counts(total=3, kept=0, failed=1, written=3)
+    failed, *others = sorted(read_lines(tmp_path / "out.jsonl").values(), key=lambda x: x["text"])
+    assert [(line["id"], line["text"]) for line in others] == [
+        ("1", said(Request("a"))),
+        ("4", said(Request("b"))),
+    ]
+    assert failed["id"] in ("3", "line 3")
+    assert failed["finish_reason"] == "error"
+    assert failed["error"].startswith("in.jsonl:3: ")
+    assert error in failed["error"]
+
+
+def test_errors_are_kept_or_retried(tmp_path):
+    source, target = ask({"prompt": "a"}, {"prompt": "fail"}, "{", {"prompt": "b"}, folder=tmp_path)
+    before = read_lines(target)
+    assert before["2"]["error"] == "in.jsonl:2: image x.png: no such file"
+    assert before["line 3"]["error"].startswith("in.jsonl:3: not JSON")
+    assert run_batch(source, target, unasked) == Counts(total=4, kept=4, failed=2)
+    assert read_lines(target) == before
+    write_lines(source, {"prompt": "a"}, {"prompt": "fail"}, "[", {"prompt": "b"})
+    with raises("id 'line 3' was another request .*in.jsonl:3.*or retry errors"):
+        run_batch(source, target, unasked)
+    write_lines(
+        source, {"prompt": "a"}, {"prompt": "c"}, {"id": "x", "prompt": "d"}, {"prompt": "b"}
+    )
+    with raises("out.jsonl:.: id 'line 3' is not in .*in.jsonl: .*or retry errors"):
+        run_batch(source, target, unasked)
+    assert read_lines(target) == before
+    (tmp_path / ".out.jsonl.partial").write_text("left by a kill")
+    counts = run_batch(source, target, serve, retry_errors=True)
+    assert counts == Counts(total=4, kept=2, failed=0, written=2)
+    after = read_lines(target)
+    assert (after["1"], after["4"]) == (before["1"], before["4"])
+    assert (after["2"]["text"], after["x"]["text"]) == (said(Request("c")), said(Request("d")))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+
+
+def test_a_retry_that_cannot_be_written_keeps_what_was_there(tmp_path, monkeypatch):
+    source, target = ask({"prompt": "a"}, {"prompt": "fail"}, folder=tmp_path)
+    before = target.read_bytes()
+
+    def fill_up(*arguments):
+        raise OSError(28, "No space left on device")
+
+    for place, name in ((Path, "replace"), (batch, "_write")):
+        with monkeypatch.context() as patch, raises("out.jsonl: cannot write: No space left"):
+            patch.setattr(place, name, fill_up)
+            run_batch(source, target, unasked, retry_errors=True)
+        assert target.read_bytes() == before
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+    (tmp_path / "link").symlink_to(target)
+    assert run_batch(source, tmp_path / "link", serve, retry_errors=True).failed == 1
+    assert (tmp_path / "link").is_symlink()
+    assert len(read_lines(target)) == 2
+
+
+def test_two_requests_with_one_id_stop_before_anything_is_done(tmp_path):
+    for lines in ([{"id": 3}, "", {"id": "3"}], [{"id": "3"}, {"id": "x"}, {}]):
+        source = write_lines(tmp_path / "in.jsonl", *lines)
+        with raises("in.jsonl:3: id '3' is that of line 1 too"):
+            run_batch(source, tmp_path / "new/out.jsonl", unasked)
+    assert not (tmp_path / "new").exists()
+
+
+def test_answers_to_other_requests_are_refused(tmp_path):
+    first, second = {"id": "a", "prompt": "a"}, {"id": "b", "prompt": "b", "meta": 1}
+    source, target = ask(first, second, folder=tmp_path)
+    before = target.read_bytes()
+    write_lines(source, {**second, "seed": 1}, first)
+    with raises("out.jsonl:1: id 'b' was another request .*in.jsonl:1.*or remove the line"):
+        run_batch(source, target, unasked)
+    write_lines(source, first)
+    with raises("out.jsonl:1: id 'b' is not in .*in.jsonl"):
+        run_batch(source, target, unasked)
+    write_lines(source, first, second)
+    for other in ({"settings": {"model": "B"}}, {"defaults": {"max_new_tokens": 8}}):
+        with raises("id 'b' was another request or had other settings"):
+            run_batch(source, target, unasked, **other)
+    target.write_bytes(before + before[:-30])
+    with raises("out.jsonl:3: id 'b' is in line 1 too"):
+        run_batch(source, target, unasked)
+    assert target.read_bytes() == before + before[:-30]
+    target.write_bytes(before)
+    write_lines(source, {"prompt": "new"}, "", first, {**second, "system": None})
+    assert run_batch(source, target, serve) == Counts(total=3, kept=2, failed=0, written=1)
+
+
+@pytest.mark.parametrize(
+    "text", ["notes", "{}\n", "5\n", '{"id": 1}\n', "\n", '{"x": 1}', "a\nb\n"]
+)
+def test_a_file_of_something_else_is_left_alone(text, tmp_path):
+    source = write_lines(tmp_path / "in.jsonl", {"prompt": "a"})
+    target = tmp_path / "out.jsonl"
+    target.write_text(text)
+    with raises("out.jsonl:1: not an answer: choose another file"):
+        run_batch(source, target, unasked)
+    assert target.read_text() == text
+    with raises("in.jsonl: not a file of answers"):
+        run_batch(source, source, unasked)
+
+
+def test_defaults_fill_in(tmp_path):
+    defaults = {"max_new_tokens": 9, "system": "s", "top_k": None}
+    request = request_of({"prompt": "a", "max_new_tokens": 5}, tmp_path, defaults=defaults)
+    assert request == Request("a", system="s", sampling=Sampling(max_new_tokens=5))
+    with raises("max_new_tokens is 0"):
+        request_of({"prompt": "a"}, tmp_path, defaults={"max_new_tokens": 0})
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_two_runs_on_one_file_are_refused(tmp_path):
+    source = write_lines(tmp_path / "in.jsonl", {"prompt": "a"}, {"prompt": "fail"})
+    target = tmp_path / "out.jsonl"
+
+    def serve_beside(requests):
+        with raises("out.jsonl: another run is writing it: wait"):
+            run_batch(source, target, unasked, retry_errors=True)
+        yield from serve(requests)
+
+    run_batch(source, target, serve_beside)
+    counts = run_batch(source, target, serve_beside, retry_errors=True)
+    assert counts == Counts(total=2, kept=1, failed=1, written=1)
+    assert len(read_lines(target)) == 2
+
+
+def test_a_file_that_another_run_replaces_meanwhile_is_refused(tmp_path, monkeypatch):
+    source, target = ask({"prompt": "a"}, folder=tmp_path)
+    before = target.read_bytes()
+
+    def replaced(file, how):
+        (tmp_path / "new").write_bytes(before)
+        (tmp_path / "new").replace(target)
+
+    monkeypatch.setattr(batch.fcntl, "flock", replaced)
+    with raises("out.jsonl: another run is writing it"):
+        run_batch(source, target, unasked)
+    assert target.read_bytes() == before
+
+
+def test_requests_are_read_when_needed(tmp_path, monkeypatch):
+    source = write_lines(tmp_path / "in.jsonl", *({"prompt": f"ask {i}"} for i in range(20)))
+    read, seen = batch.read_records, []
+
+    def watched(*arguments):
+        seen.clear()
+        for record in read(*arguments):
+            seen.append(record)
+            yield record
+
+    def watch(requests):
+        for number, request in enumerate(requests):
+            assert len(seen) == number + 1
+            yield number, answered(request)
+
+    monkeypatch.setattr(batch, "read_records", watched)
+    assert run_batch(source, tmp_path / "out.jsonl", watch).written == 20
+
+
+def test_progress_is_told(tmp_path):
+    source = write_lines(tmp_path / "in.jsonl", {"prompt": "a"}, "{", {"prompt": "fail"})
+    told = []
+    run_batch(source, tmp_path / "out.jsonl", serve, on_progress=told.append)
+    assert told == [
+        Counts(3, 0, failed, written) for failed, written in ((0, 0), (1, 1), (2, 2), (2, 3))
+    ]
+
+
+def test_a_disk_that_fills_up_keeps_what_is_written(tmp_path):
+    source, target = ask(*({"prompt": f"ask {i}"} for i in range(20)), folder=tmp_path)
+    whole, limits = target.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (len(whole) // 2, len(whole) - 1):
+        target.unlink()
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+            with raises("out.jsonl: cannot write: .*what it has is safe: mend this and run again"):
+                run_batch(source, target, serve)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert target.read_bytes() == whole[:size]
+        counts = run_batch(source, target, serve)
+        assert counts.kept == whole[:size].count(b"\n") > 5
+        assert sorted(target.read_bytes().splitlines()) == sorted(whole.splitlines())
+
+
+def test_wrong_paths_are_named(tmp_path):
+    source = write_lines(tmp_path / "in.jsonl", {"prompt": "a"})
+    (tmp_path / "empty").write_text("\n")
+    os.mkfifo(tmp_path / "pipe")
+    for wrong, error in (
+        ("absent", "absent: cannot read: No such file"),
+        (".", "not a file: name one with a JSON object a line"),
+        ("pipe", "pipe: not a file"),
+        ("empty", "empty: no requests in it"),
+    ):
+        with raises(error):
+            run_batch(tmp_path / wrong, tmp_path / "out.jsonl", unasked)
+    for wrong, error in (
+        (".", "not a file of answers"),
+        ("pipe", "not a file of answers"),
+        ("in.jsonl/out", "in.jsonl/out: cannot write: .*choose another place"),
+    ):
+        with raises(error):
+            run_batch(source, tmp_path / wrong, unasked)
+    run_batch(source, str(tmp_path / "a/b/out.jsonl"), serve)
+    assert len(read_lines(tmp_path / "a/b/out.jsonl")) == 1
+
+
+def test_an_input_that_changes_meanwhile_is_noticed(tmp_path):
+    source = write_lines(tmp_path / "in.jsonl", {"prompt": "a"}, {"prompt": "b"})
+    target = tmp_path / "out.jsonl"
+
+    def serve_changed(requests):
+        write_lines(source, {"prompt": "a"}, {"prompt": "c"}, {"prompt": "d"})
+        yield from serve(requests)
+
+    with raises("in.jsonl: changed while it was read, 1 are left: run again"):
+        run_batch(source, target, serve_changed)
+    assert list(read_lines(target)) == ["1"]
+    assert run_batch(source, target, serve).written == 2
+
+
+def test_an_engine_that_stops_early_is_an_error_and_is_closed(tmp_path):
+    source = write_lines(tmp_path / "in.jsonl", {"prompt": "a"}, {"prompt": "b"})
+    closed = []
+
+    def serve_wrongly(requests):
+        try:
+            next(requests)
+            next(requests)
+            yield 1, Result("b", (), "stop", {})
+            yield 1, Result("b", (), "stop", {})
+        finally:
+            closed.append(True)
+
+    with pytest.raises(KeyError):
+        run_batch(source, tmp_path / "out.jsonl", serve_wrongly)
+    assert closed == [True]
+    with pytest.raises(RuntimeError, match="without an answer to 1 requests"):
+        run_batch(
+            source, tmp_path / "out.jsonl", lambda requests: (x for x in [next(requests)][:0])
+        )
+    assert list(read_lines(tmp_path / "out.jsonl")) == ["2"]
