@@ -2,8 +2,12 @@
 
 import functools
 import json
+import os
 import tempfile
 from pathlib import Path
+
+# Nearly all of the time goes into compiling small programs, which need not be fast.
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", "")
 
 import jax
 import numpy as np
@@ -12,7 +16,7 @@ import pytest
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_prng_impl", "unsafe_rbg")
-# Programs of one run serve its other processes; nothing outside the run is touched.
+# Nothing outside the run is touched.
 jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="neo_jax_tests_"))
 
 import neo_jax  # noqa: E402  (devices first)

@@ -184,18 +184,14 @@ class Engine:
         """Extends the oldest request that is being filled, and those that fit beside it."""
         first, *others = filling
         start, stop = first.next_chunk(self._budget)
-        has_images = bool(first.prepared.example.is_image[start:stop].any())
 
         def fits(running: Running) -> bool:
             begin, end = running.next_chunk(self._budget)
-            images = running.prepared.example.is_image[begin:end].any()
-            is_short = end - begin <= shapes.bucket(stop - start)
-            return is_short and (begin == 0) == (start == 0) and (has_images or not images)
+            return end - begin <= shapes.bucket(stop - start) and (begin == 0) == (start == 0)
 
         together = [first, *filter(fits, others)]
         chunk = shapes.chunk_for(
             stop - start,
-            has_images,
             start == 0,
             is_alone=len(together) == 1,
             budget=self._budget,

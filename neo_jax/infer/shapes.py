@@ -2,10 +2,10 @@
 
 A chunk of a prompt is padded to 128, 256, 512, ... tokens, as far as the prefill budget goes. One
 row is extended alone, or as many together as the budget and the slots allow. A picture is never
-cut, so larger chunks are there for larger pictures. A chunk with pictures has room for 4 patches
-per token, which always suffices because a visual token is 4 patches, and embedding an unused patch
-costs next to nothing; a chunk without has room for none. So another size of picture compiles
-nothing new unless the chunk's length does.
+cut, so larger chunks are there for larger pictures. Every chunk has room for 4 patches per token,
+which always suffices because a visual token is 4 patches, and embedding an unused patch costs next
+to nothing. So another number or size of pictures compiles nothing new unless the chunk's length
+does.
 """
 
 import dataclasses
@@ -19,12 +19,11 @@ class Chunk:
 
     length: int  # tokens per row
     rows: int  # per device of the batch axes
-    has_images: bool
     is_fresh: bool  # starts a prompt; else it goes on from what its slot holds
 
     @property
     def num_patches(self) -> int:
-        return 4 * self.length if self.has_images else 0
+        return 4 * self.length
 
 
 def bucket(length: int) -> int:
@@ -32,9 +31,7 @@ def bucket(length: int) -> int:
     return max(SMALLEST, 1 << (length - 1).bit_length())
 
 
-def chunk_for(
-    length: int, has_images: bool, is_fresh: bool, *, is_alone: bool, budget: int, slots: int
-) -> Chunk:
+def chunk_for(length: int, is_fresh: bool, *, is_alone: bool, budget: int, slots: int) -> Chunk:
     """The shape for a chunk of `length` tokens.
 
     Args:
@@ -44,7 +41,7 @@ def chunk_for(
     """
     size = bucket(length)
     rows = 1 if is_alone else min(slots, max(1, budget // size))
-    return Chunk(size, rows, has_images, is_fresh)
+    return Chunk(size, rows, is_fresh)
 
 
 def plan(max_length: int, max_image_tokens: int, *, budget: int, slots: int) -> list[Chunk]:
@@ -54,18 +51,15 @@ def plan(max_length: int, max_image_tokens: int, *, budget: int, slots: int) -> 
       max_length: of a prompt and its answer.
       max_image_tokens: of the largest picture.
     """
-    largest_text = bucket(min(budget, max_length))
-    largest = max(largest_text, bucket(min(max_image_tokens, max_length)))
+    largest = max(bucket(min(budget, max_length)), bucket(min(max_image_tokens, max_length)))
     sizes = [SMALLEST]
     while sizes[-1] < largest:
         sizes.append(2 * sizes[-1])
     return sorted(
         {
-            chunk_for(size, has_images, is_fresh, is_alone=is_alone, budget=budget, slots=slots)
+            chunk_for(size, is_fresh, is_alone=is_alone, budget=budget, slots=slots)
             for size in sizes
-            for has_images in (False, True)
             for is_fresh in (False, True)
             for is_alone in (False, True)
-            if has_images or size <= largest_text
         }
     )
