@@ -2,12 +2,8 @@
 
 import functools
 import json
-import os
 import tempfile
 from pathlib import Path
-
-# Nearly all of the time goes into compiling small programs, which need not be fast.
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", "")
 
 import jax
 import numpy as np
