@@ -35,13 +35,22 @@ def main(name: str, run: Callable[[argparse.Namespace], None], args: argparse.Na
     try:
         if args.target is None and not getattr(args, "check", False):
             raise InputError("give DST, the directory to write")
-        if args.target is not None and args.target.resolve() == args.source.resolve():
-            raise InputError(f"{args.target}: SRC and DST are the same directory")
+        for source in (args.source, getattr(args, "pre_buffer_from", None)):
+            _refuse_overlap(source, args.target)
         run(args)
     except InputError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _refuse_overlap(source: Path | None, target: Path | None) -> None:
+    """Overwriting a directory must not take what is read with it."""
+    if source is None or target is None:
+        return
+    one, other = source.resolve(), target.resolve()
+    if one == other or one in other.parents or other in one.parents:
+        raise InputError(f"{source} and {target}: SRC and DST are the same or inside each other")
 
 
 def progress(total: int, what: str) -> tqdm:

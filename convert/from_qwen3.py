@@ -42,6 +42,8 @@ def run(args: argparse.Namespace) -> None:
             f"{args.pre_buffer_from} has a Pre-Buffer of {neo_c.num_pre_buffer_layers} layers, "
             f"--pre-buffer asks for {args.pre_buffer}"
         )
+    if "lm_head.weight" not in qwen3 and hf.get("tie_word_embeddings") is False:
+        raise InputError(f"{args.source}: lm_head.weight is missing, though the model is untied")
     rows = (
         qwen3["model.embed_tokens.weight"].shape[0] if "model.embed_tokens.weight" in qwen3 else 0
     )

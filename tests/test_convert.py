@@ -129,6 +129,9 @@ def test_save_hf_from_memory_on_a_mesh(tmp_path):
     assert {tensor.dtype for tensor in open_tensors(tmp_path / "narrow").values()} == {"BF16"}
     with raises("exists: choose another place"):
         neo_jax.save_hf(neo, neo.config, tmp_path / "narrow")
+    for change in ({"vocab_size": 512}, {"tie_word_embeddings": True}, {"num_post_llm_layers": 1}):
+        with raises("not of this config's model"):
+            neo_jax.save_hf(neo, dataclasses.replace(neo.config, **change), tmp_path / "other")
 
 
 def test_a_step_of_a_training_run_is_exported(tmp_path):

@@ -53,22 +53,25 @@ def test_a_killed_conversion_leaves_nothing_that_looks_complete(command, source,
     target, rng = tmp_path / "out", np.random.default_rng(0)
     arguments = [sys.executable, "-c", _SLOW, command, str(start), str(target)]
     killed = 0
-    for delay in rng.uniform(0, 0.45, size=5):
+    partial = target.with_name(".out.partial")
+    for delay in rng.uniform(0, 0.3, size=5):
         process = subprocess.Popen(
             arguments, cwd=ROOT, stdout=subprocess.PIPE, env=os.environ | {"JAX_PLATFORMS": "cpu"}
         )
         assert process.stdout.readline() == b"ready\n"
+        while process.poll() is None and not partial.exists():
+            time.sleep(0.002)
         time.sleep(delay)
         process.send_signal(signal.SIGKILL)
         process.wait()
         killed += process.returncode == -signal.SIGKILL
         assert not target.exists()
     assert killed == 5
-    left = target.with_name(".out.partial").exists()
+    assert partial.exists()
     capfd.readouterr()
     run({"from_hf": from_hf, "to_hf": to_hf}[command], start, target)
     said = capfd.readouterr().err
-    assert ("left by a run that did not finish; starting over" in said) == left
+    assert "left by a run that did not finish; starting over" in said
     if command == "from_hf":
         run(to_hf, target, tmp_path / "back")
         target = tmp_path / "back"
@@ -86,7 +89,7 @@ def test_an_existing_destination_is_refused_without_overwrite(source, tmp_path, 
     run(from_hf, source / "hf", tmp_path / "out", "--overwrite")
     assert not marker.exists()
     assert from_hf.main([str(source / "hf"), str(source / "hf"), "--overwrite"]) == 2
-    assert "SRC and DST are the same" in capsys.readouterr().err
+    assert "SRC and DST are the same or inside" in capsys.readouterr().err
     assert (source / "hf/model.safetensors").exists()
 
 
@@ -147,6 +150,36 @@ def test_a_destination_that_cannot_be_written(source, tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
     assert from_hf.main([str(source / "hf"), str(tmp_path / "file/out")]) == 2
     assert "cannot write" in capsys.readouterr().err
+
+
+def test_nothing_that_is_read_is_overwritten(source, tmp_path, capsys):
+    outer = shutil.copytree(source, tmp_path / "outer")
+    for target in (outer, outer / "hf/inner"):
+        assert from_hf.main([str(outer / "hf"), str(target), "--overwrite"]) == 2
+        assert "inside each other" in capsys.readouterr().err
+    assert (outer / "hf/model.safetensors").exists()
+    (tmp_path / "link").symlink_to(outer)
+    assert from_hf.main([str(source / "hf"), str(tmp_path / "link"), "--overwrite"]) == 2
+    assert "no directory of its own" in capsys.readouterr().err
+    assert to_hf.main([str(source / "ours"), "s3://bucket/y"]) == 2
+    assert "only local directories" in capsys.readouterr().err
+
+
+def test_a_second_run_on_one_target_is_refused(tmp_path):
+    with new_directory(tmp_path / "out", 0) as first:
+        (first / "mine").write_text("x")
+        with raises("another run is writing it"), new_directory(tmp_path / "out", 0):
+            raise AssertionError("must not get here")
+    assert (tmp_path / "out/mine").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_replacement_that_was_stopped_halfway_is_put_back(tmp_path):
+    (tmp_path / ".out.replaced").mkdir()
+    (tmp_path / ".out.replaced/kept").write_text("x")
+    with raises("out exists"), new_directory(tmp_path / "out", 0):
+        raise AssertionError("must not get here")
+    assert (tmp_path / "out/kept").exists()
 
 
 def test_an_interrupt_cleans_up(tmp_path):

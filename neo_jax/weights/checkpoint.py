@@ -115,7 +115,10 @@ def _pending_params(c, tensors, mesh_shape, dtype, wrote) -> dict:
     def pending(path, leaf):
         row = table[tuple(entry.key for entry in path)]
         sources = [tensors[row.key.format(layer=layer)] for layer in mapping.layers_of(row, c)]
-        shard = NamedSharding(mesh, leaf.sharding.spec).shard_shape(leaf.shape)
+        try:
+            shard = NamedSharding(mesh, leaf.sharding.spec).shard_shape(leaf.shape)
+        except ValueError as error:
+            raise InputError(f"mesh {mesh_shape} does not divide {row.path}: {error}") from error
         item = np.dtype(leaf.dtype)
         return orbax_files.Pending(
             shape=leaf.shape,

@@ -2,11 +2,14 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 from neo_jax.errors import InputError
 
@@ -45,12 +48,21 @@ def new_directory(
     Raises:
       InputError: when the target exists, cannot be written, or the disk has no room.
     """
+    if re.match(r"\w+:/", str(target)):
+        raise InputError(f"{target}: only local directories are written; copy it there afterwards")
     target = Path(target).absolute()
-    if target.exists() and not overwrite:
+    partial, old = (target.with_name(f".{target.name}.{end}") for end in ("partial", "replaced"))
+    if old.is_dir() and not target.exists():
+        say(f"{target}: a run was stopped while replacing it; put back as it was")
+        old.rename(target)
+    if (target.exists() or target.is_symlink()) and not overwrite:
         raise InputError(f"{target} exists: choose another place or allow to overwrite it")
-    partial = target.with_name(f".{target.name}.partial")
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise InputError(f"{target}: is no directory of its own, so it is not replaced")
+    lock = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        lock = _lock(target)
         if partial.exists():
             say(f"{partial}: left by a run that did not finish; starting over")
             shutil.rmtree(partial)
@@ -62,7 +74,7 @@ def new_directory(
         partial.mkdir()
         yield partial
         _to_disk(partial)
-        _replace(partial, target)
+        _replace(partial, target, old)
     except OSError as error:
         raise InputError(f"{target}: cannot write: {error}") from error
     except ValueError as error:
@@ -70,7 +82,10 @@ def new_directory(
             raise InputError(f"{target}: cannot write: {error}") from error
         raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if lock is not None:  # else another run's
+            shutil.rmtree(partial, ignore_errors=True)
+            _lock_path(target).unlink(missing_ok=True)
+            lock.close()
 
 
 def copy_side_files(source: Path, target: Path) -> None:
@@ -81,11 +96,25 @@ def copy_side_files(source: Path, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
 
 
-def _replace(partial: Path, target: Path) -> None:
+def _lock_path(target: Path) -> Path:
+    return target.with_name(f".{target.name}.lock")
+
+
+def _lock(target: Path) -> IO:
+    """Keeps a second run away from the same target."""
+    file = _lock_path(target).open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise InputError(f"{target}: another run is writing it now") from error
+    return file
+
+
+def _replace(partial: Path, target: Path, old: Path) -> None:
     if not target.exists():
         partial.rename(target)
         return
-    old = target.with_name(f".{target.name}.replaced")
     shutil.rmtree(old, ignore_errors=True)
     target.rename(old)
     partial.rename(target)

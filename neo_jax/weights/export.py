@@ -12,6 +12,7 @@ import numpy as np
 from neo_jax.config import ModelConfig
 from neo_jax.errors import InputError
 from neo_jax.model.int8 import Int8Matrix
+from neo_jax.model.neo import abstract_params
 from neo_jax.weights import mapping
 from neo_jax.weights.checkpoint import DESCRIPTION
 from neo_jax.weights.directory import copy_side_files, new_directory, read_json
@@ -42,6 +43,9 @@ def save_hf(neo_or_params, config: ModelConfig, path: str | Path, **options) -> 
     params = getattr(neo_or_params, "params", neo_or_params)
     if isinstance(params["embed"], Int8Matrix):
         raise InputError("int8 is no published type: load without weights='int8' to export")
+    given, wanted = (jax.tree.map(jnp.shape, tree) for tree in (params, abstract_params(config)))
+    if given != wanted:
+        raise InputError("the parameters are not of this config's model: give the config they have")
     leaf = _LeafOnHost(params)
     dtype = options.pop("dtype", None) or params["embed"].dtype.name
     write_published(path, config, leaf.read, dtype, **options)

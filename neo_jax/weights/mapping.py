@@ -239,9 +239,8 @@ def check_tensors(found: Mapping[str, tuple[int, ...]], c: ModelConfig) -> list[
         if key in found and tuple(found[key]) != shape
     ]
     if problems:
-        raise InputError(
-            f"{len(problems)} tensors do not fit this model:\n  " + "\n  ".join(problems)
-        )
+        shown = problems[:30] + ["and so on"] * (len(problems) > 30)
+        raise InputError(f"{len(problems)} tensors do not fit this model:\n  " + "\n  ".join(shown))
     return skipped
 
 

@@ -117,7 +117,7 @@ def read_tree(directory: Path, target: dict) -> dict:
     try:
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
             return checkpointer.restore(directory.absolute(), args=ocp.args.StandardRestore(target))
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except Exception as error:  # what Orbax raises for damage is of many kinds
         raise InputError(f"{directory}: cannot restore: {error}") from error
 
 
