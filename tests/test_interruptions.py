@@ -29,7 +29,7 @@ import neo_jax.weights.mapping as mapping
 read, write = mapping.Row.read, mapping.Row.write
 def slowly(original):
     def call(*arguments):
-        time.sleep(0.01)
+        time.sleep(0.05)
         return original(*arguments)
     return call
 mapping.Row.read, mapping.Row.write = slowly(read), slowly(write)
