@@ -29,11 +29,20 @@ def run(args: argparse.Namespace) -> None:
     c, stores = checkpoint.config, open_params(checkpoint)
     dtype = {"bf16": "bfloat16", "f32": "float32"}.get(args.dtype, args.dtype)
     dtype = dtype or stores["embed",].dtype.name
+
+    def read(path, index):
+        try:
+            return stores[path][index].read().result()
+        except ValueError as error:
+            raise InputError(
+                f"{checkpoint.params}: {'/'.join(path)} is damaged: {error}"
+            ) from error
+
     with command.progress(num_bytes(c, dtype), "export") as bar:
         write_published(
             args.target,
             c,
-            lambda path, index: stores[path][index].read().result(),
+            read,
             dtype,
             shard_size=args.shard_size,
             side_files=checkpoint.directory,

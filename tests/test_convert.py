@@ -187,7 +187,8 @@ def test_generation_branch_of_a_u1_checkpoint_is_left_out(tmp_path, caplog):
         "language_model.model.layers.0.self_attn.q_proj_mot_gen.weight",
         "language_model.model.norm_mot_gen.weight",
     ]
-    save_file(load_file(path) | dict.fromkeys(skipped, np.zeros(3, np.float32)), path)
+    extra = dict.fromkeys(skipped, np.zeros(3, np.float32)) | {skipped[0]: np.zeros(3, np.int64)}
+    save_file(load_file(path) | extra, path)
     run(from_hf, tmp_path / "u1", tmp_path / "ours")
     for key in skipped:
         assert key in caplog.text
