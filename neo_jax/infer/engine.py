@@ -27,7 +27,8 @@ from neo_jax.infer.prepare import Preparer
 from neo_jax.infer.request import Request, Result
 from neo_jax.infer.slots import Running, Slot, choose
 from neo_jax.infer.waiting import Queue
-from neo_jax.model.cache import KV_DTYPES
+from neo_jax.model.cache import KV_DTYPES, STACKS
+from neo_jax.model.decoder import apart
 from neo_jax.sharding import batch_rows, put
 
 Event = tuple[int, sampling.Answer | None, Result | None]
@@ -83,8 +84,14 @@ class Engine:
             for device in range(self._devices)
             for number in range(self._slots_per_device)
         ]
+        is_apart = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+        if is_apart:
+            stacks = {name: apart(params[name]) for name in STACKS if name in params}
+            self.params = {**params, **stacks}
         with jax.set_mesh(mesh):
-            self._state = programs.new_state(config, self.slots, self.max_length, kv_dtype)
+            self._state = programs.new_state(
+                config, self.slots, self.max_length, kv_dtype, is_apart
+            )
 
     def plan(self) -> list[shapes.Chunk]:
         """The shapes of prefill that may be compiled, besides one decode and one copy."""

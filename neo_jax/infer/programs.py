@@ -19,15 +19,17 @@ from neo_jax.sharding import spec
 State = dict
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def new_state(c: ModelConfig, slots: int, length: int, kv_dtype: str) -> State:
-    """All slots empty; each has room for `length` tokens."""
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def new_state(
+    c: ModelConfig, slots: int, length: int, kv_dtype: str, is_apart: bool = False
+) -> State:
+    """All slots empty; each has room for `length` tokens. `is_apart`: see `kv.empty`."""
 
     def zeros(shape, dtype):
         return jnp.zeros(shape, dtype, out_sharding=spec("batch", *[None] * (len(shape) - 1)))
 
     settings = sampling.row_settings([])
-    return kv.empty(c, slots, length, kv_dtype) | {
+    return kv.empty(c, slots, length, kv_dtype, is_apart) | {
         "tokens_b": zeros((slots,), jnp.int32),
         "index_b": zeros((slots,), jnp.int32),
         "seen_bv": zeros((slots, c.vocab_size), bool),

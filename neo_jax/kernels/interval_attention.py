@@ -5,6 +5,8 @@ heads) and J and H of any width. Interval bounds are positions along S. The soft
 Runs under a mesh; batch and heads may be split over it.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
@@ -27,7 +29,12 @@ def interval_attention(
     """
     length = q_btnj.shape[1]
     if length == 1:
-        return _attend_one(q_btnj, k_bskj, v_bskh, start_bt, end_bt, scale)
+        arrays = (q_btnj, k_bskj, v_bskh, start_bt, end_bt)
+        return jax.lax.platform_dependent(
+            *arrays,
+            tpu=functools.partial(_attend_one, scale=scale),
+            default=functools.partial(_attend_one_by_dots, scale=scale),
+        )
     if length <= QUERY_BLOCK:
         return _attend(q_btnj, k_bskj, v_bskh, start_bt, end_bt, scale)
     missing = -length % QUERY_BLOCK
@@ -71,9 +78,9 @@ def _attend(q_btnj, k_bskj, v_bskh, start_bt, end_bt, scale):
 
 
 def _attend_one(q_b1nj, k_bskj, v_bskh, start_b1, end_b1, scale):
-    """One query per row, as in decoding: products and sums over keys where they lie.
+    """One query per row on a TPU, as in decoding: products and sums over keys where they lie.
 
-    A dot would have TPUs lay out the whole cache anew, with heads before time, at every token.
+    A dot would have it lay out the whole cache anew, with heads before time, at every token.
     """
     b, _, n, j = q_b1nj.shape
     num_keys, num_kv_heads = k_bskj.shape[1:3]
@@ -92,3 +99,38 @@ def _attend_one(q_b1nj, k_bskj, v_bskh, start_b1, end_b1, scale):
     z_bkgh = jnp.stack([jnp.sum(p_bskg[..., g, None] * v_bskh, axis=1) for g in groups], 2)
     z_b1nh = z_bkgh.reshape(b, 1, n, -1, out_sharding=P(batch, None, heads, None))
     return z_b1nh.astype(q_b1nj.dtype)
+
+
+def _attend_one_by_dots(q_b1nj, k_bskj, v_bskh, start_b1, end_b1, scale):
+    """One query per row elsewhere: two products per row with all its heads' keys and values at once.
+
+    They lie together, so they are read once and never moved, as a product for each head would have
+    it. Each query is put among zeros in the other heads' places, and each result is taken from its
+    own head's: more operations, but reading the cache takes longer.
+    """
+    precision = jax.lax.Precision.HIGHEST if q_b1nj.dtype == jnp.float32 else None
+
+    def local(q_b1nj, k_bskj, v_bskh, start_b1, end_b1):
+        b, _, n, j = q_b1nj.shape
+        num_keys, k, h = v_bskh.shape[1:]
+        product = functools.partial(
+            jnp.einsum, precision=precision, preferred_element_type=jnp.float32
+        )
+        is_own_nk = jnp.arange(n)[:, None] // (n // k) == jnp.arange(k)
+        q_bnkj = jnp.where(is_own_nk[..., None], q_b1nj[:, 0, :, None], 0)
+        scores_bsn = scale * product(
+            "bsx,bnx->bsn", k_bskj.reshape(b, num_keys, k * j), q_bnkj.reshape(b, n, k * j)
+        )
+        key_s = jnp.arange(num_keys, dtype=jnp.int32)
+        is_seen_bs = (key_s >= start_b1) & (key_s < end_b1)
+        p_bsn = jax.nn.softmax(jnp.where(is_seen_bs[..., None], scores_bsn, -1e30), axis=1)
+        z_bnx = product(
+            "bsn,bsx->bnx", p_bsn.astype(v_bskh.dtype), v_bskh.reshape(b, num_keys, k * h)
+        )
+        z_bnkh = jnp.where(is_own_nk[..., None], z_bnx.reshape(b, n, k, h), 0)
+        return jnp.sum(z_bnkh, axis=2)[:, None].astype(q_b1nj.dtype)
+
+    batch, _, heads, _ = jax.typeof(q_b1nj).sharding.spec
+    split, bounds = P(batch, None, heads, None), P(batch, None)
+    run = jax.shard_map(local, in_specs=(split, split, split, bounds, bounds), out_specs=split)
+    return run(q_b1nj, k_bskj, v_bskh, start_b1, end_b1)

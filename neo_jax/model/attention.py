@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from neo_jax.config import ModelConfig
 from neo_jax.model import layers
@@ -48,8 +49,11 @@ class Attention(nnx.Module):
     def __call__(self, x_btd: jax.Array, rotary: Rotary, attend: Attend) -> tuple[jax.Array, Any]:
         """[B, T, D] -> [B, T, D], and whatever `attend` wants carried on."""
         z_btnh, carried = attend(*self.heads(x_btd, rotary))
+        # As one dimension: for two, the CPU compiler would turn the weight round at every token.
+        b, t, n, h = z_btnh.shape
+        z_bti = z_btnh.reshape(b, t, n * h, out_sharding=spec("batch", None, "heads"))
         out = spec("batch", None, None)
-        return layers.einsum("btnh,nhd->btd", z_btnh, self.o_nhd, out=out), carried
+        return layers.einsum("bti,id->btd", z_bti, _joined(self.o_nhd[...]), out=out), carried
 
     def heads(self, x_btd: jax.Array, rotary: Rotary) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Normed and rotated queries [B, T, N, J] and keys [B, T, K, J]; values [B, T, K, H]."""
@@ -85,6 +89,16 @@ class Attention(nnx.Module):
         return layers.rotate(normed, *rotary).astype(x.dtype)
 
 
+def _joined(weight_nhd: jax.Array) -> jax.Array:
+    """[N, H, D] -> [N * H, D]; of an int8 matrix, both its parts."""
+
+    def join(part):
+        heads, _, embed = jax.typeof(part).sharding.spec
+        return part.reshape(-1, part.shape[-1], out_sharding=P(heads, embed))
+
+    return jax.tree.map(join, weight_nhd)
+
+
 def join_halves(a: jax.Array, b: jax.Array) -> jax.Array:
     """[A1 A2], [B1 B2] -> [A1 B1 A2 B2] on the last axis."""
     (a1, a2), (b1, b2) = jnp.split(a, 2, axis=-1), jnp.split(b, 2, axis=-1)
@@ -101,10 +115,9 @@ def _project(x_btd: jax.Array, t_dnh: jax.Array, hw_dnh: jax.Array) -> jax.Array
         t_dnh, hw_dnh = (layers.whole(weight, x_btd.dtype) for weight in (t_dnh, hw_dnh))
         weight = jax.tree.map(join_halves, t_dnh, hw_dnh)  # of an int8 matrix, the scales too
         return layers.einsum("btd,dnj->btnj", x_btd, weight)
-    return join_halves(
-        layers.einsum("btd,dnh->btnh", x_btd, t_dnh),
-        layers.einsum("btd,dnh->btnh", x_btd, hw_dnh),
-    )
+    parts = [layers.einsum("btd,dnh->btnh", x_btd, weight) for weight in (t_dnh, hw_dnh)]
+    # Else the CPU compiler computes products anew for each of the halves' elements.
+    return join_halves(*jax.lax.optimization_barrier(parts))
 
 
 def _averaging_matrix(c: ModelConfig) -> np.ndarray:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from neo_jax.config import ModelConfig
+from neo_jax.model.decoder import Apart
 from neo_jax.sharding import spec
 
 Cache = dict[str, Any]
@@ -25,8 +26,14 @@ STACKS = ("pre_buffer", "post_llm")
 KV_DTYPES = ("bfloat16", "float32", "int8")
 
 
-def empty(c: ModelConfig, rows: int, length: int, kv_dtype: str) -> Cache:
-    """A cache with no tokens in it. Call it inside jit, under the mesh."""
+def empty(
+    c: ModelConfig, rows: int, length: int, kv_dtype: str, is_apart: bool = False
+) -> Cache:
+    """A cache with no tokens in it. Call it inside jit, under the mesh.
+
+    `is_apart`: for parameters whose layers are apart (`decoder.Apart`); each layer's part of the
+    cache is then an array of its own, [1, B, S, K, width].
+    """
 
     def zeros(shape, dtype):
         return jnp.zeros(shape, dtype, out_sharding=spec(*_STORE[: len(shape)]))
@@ -37,8 +44,13 @@ def empty(c: ModelConfig, rows: int, length: int, kv_dtype: str) -> Cache:
             return {"values": zeros((*shape, width), jnp.int8), "scale": zeros(shape, jnp.float32)}
         return zeros((*shape, width), kv_dtype)
 
+    def stack(depth: int, width: int) -> Store:
+        if not is_apart:
+            return store(depth, width)
+        return jax.tree.map(lambda *parts: Apart(parts), *(store(1, width) for _ in range(depth)))
+
     cache = {
-        name: {"k": store(depth, c.qk_width), "v": store(depth, c.head_dim)}
+        name: {"k": stack(depth, c.qk_width), "v": stack(depth, c.head_dim)}
         for name, depth in zip(
             STACKS, (c.num_pre_buffer_layers, c.num_post_llm_layers), strict=True
         )
@@ -64,12 +76,19 @@ def length(cache: Cache) -> int:
 def write_token(store: Store, new_b1: jax.Array, layer: jax.Array, place_b: jax.Array) -> Store:
     """Puts one token's [B, 1, K, width] into a layer, at each row's place."""
 
-    def write_row(row_ls, new_1, place):
-        index = (layer, place, *[0] * (row_ls.ndim - 2))
-        return jax.lax.dynamic_update_slice(row_ls, new_1[None], index)
+    def write_rows(old, new, layer, place_b):
+        if old.shape[1] == 1:  # of a single update XLA makes something that copies the store
+            new, place_b = jnp.tile(new, (2,) + (1,) * (new.ndim - 1)), jnp.tile(place_b, 2)
+        row_b = jnp.arange(len(place_b)) % old.shape[1]
+        return old.at[layer, row_b, place_b].set(new[:, 0], mode="promise_in_bounds")
 
-    write = jax.vmap(write_row, in_axes=(1, 0, 0), out_axes=1)
-    return jax.tree.map(lambda old, new: write(old, new, place_b), store, _encoded(new_b1, store))
+    def write(old, new):
+        old_spec = _part(old, _STORE)
+        in_specs = (old_spec, _part(new, _ROWS), spec(), spec("batch"))
+        run = jax.shard_map(write_rows, in_specs=in_specs, out_specs=old_spec, check_vma=False)
+        return run(old, new, layer, place_b)
+
+    return jax.tree.map(write, store, _encoded(new_b1, store))
 
 
 def write_chunk(

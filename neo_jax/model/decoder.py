@@ -4,15 +4,20 @@ Pre-Buffer and post-LLM are two stacks of the same block; they see the same mask
 origin and in what a training stage trains.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from neo_jax.config import ModelConfig
 from neo_jax.model import layers
 from neo_jax.model.attention import Attend, Attention, Rotary
+from neo_jax.model.int8 import Int8Matrix
 from neo_jax.sharding import spec
 
 # What the backward pass keeps of a block: everything, or only its input, or its products too.
@@ -78,9 +83,14 @@ def run(
       carry: what blocks hand on besides x, such as a cache that is written in place.
       remat: a name in REMAT_POLICIES.
 
+    Arrays of `blocks` and `carry` may be `Apart`, all or none. Then a layer's `body` gets its own
+    part of the carry, and 0 for its number in there.
+
     Returns:
       x_btd, the last carry, and the outputs stacked on a leading layer axis.
     """
+    if isinstance(blocks.mlp_norm[...], Apart):
+        return _run_apart(blocks, x_btd, body, carry)
 
     def step(state, block_and_layer):
         x_btd, carry, output = body(*block_and_layer, *state)
@@ -91,3 +101,50 @@ def run(
     layer_index = jax.numpy.arange(blocks.mlp_norm.shape[0])
     (x_btd, carry), outputs = jax.lax.scan(step, (x_btd, carry), (blocks, layer_index))
     return x_btd, carry, outputs
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Apart:
+    """A stack of layers as one array each.
+
+    A CPU computes with an array where it lies, but first copies a layer out of a stack, which takes
+    longer than a decoded token's products with it.
+    """
+
+    layers: tuple[Any, ...]
+
+    def __getitem__(self, index) -> Any:
+        return self if index is Ellipsis else self.layers[index]
+
+
+def apart(stack: Any) -> Any:
+    """The same tree with each array's layers `Apart`. On one CPU device nothing is copied."""
+
+    def split(array):
+        parts = np.asarray(array)
+        sharding = NamedSharding(array.sharding.mesh, P(*array.sharding.spec[1:]))
+        return [jax.device_put(part, sharding) for part in parts]
+
+    def convert(leaf):
+        leaves, structure = jax.tree.flatten(leaf)
+        return Apart(tuple(map(structure.unflatten, zip(*map(split, leaves), strict=True))))
+
+    return jax.tree.map(convert, stack, is_leaf=lambda leaf: isinstance(leaf, Int8Matrix))
+
+
+def _run_apart(blocks: Block, x_btd: jax.Array, body: Callable, carry: Any):
+    def is_apart(leaf):
+        return isinstance(leaf, Apart)
+
+    carries, outputs = [], []
+    for number in range(len(blocks.mlp_norm[...].layers)):
+        block, own = (
+            jax.tree.map(lambda leaf: leaf.layers[number], tree, is_leaf=is_apart)  # noqa: B023
+            for tree in (blocks, carry)
+        )
+        x_btd, own, output = body(block, 0, x_btd, own)
+        carries.append(own)
+        outputs.append(output)
+    together = jax.tree.map(lambda *layers: Apart(layers), *carries)
+    return x_btd, together, jax.tree.map(lambda *layers: jax.numpy.stack(layers), *outputs)

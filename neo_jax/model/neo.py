@@ -39,7 +39,11 @@ class Neo(nnx.Module):
 
     def __call__(self, batch: Batch, remat: str = "none") -> jax.Array:
         """Logits [B, L, V] float32 of every token of a batch (`batch.py`)."""
-        return self.logits(self.normed(self.trunk(batch, _nothing, remat)[0]))
+        return self.logits(self.features(batch, remat))
+
+    def features(self, batch: Batch, remat: str = "none") -> jax.Array:
+        """[B, L, D]: what the head turns into logits. `remat` is one of decoder.REMAT_POLICIES."""
+        return self.normed(self.trunk(batch, _nothing, remat)[0])
 
     def hidden_states(self, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Input embeddings [B, L, D], residual stream after each layer [l, B, L, D], final norm."""
@@ -173,8 +177,12 @@ class Neo(nnx.Module):
 
     def logits(self, y_btd: jax.Array) -> jax.Array:
         """[B, T, D] normed -> [B, T, V] float32."""
-        head_vd = self.embed if self.cfg.tie_word_embeddings else self.lm_head
-        return layers.einsum("btd,vd->btv", y_btd, head_vd, dtype="float32")
+        return layers.einsum("btd,vd->btv", y_btd, self.head_vd, dtype="float32")
+
+    @property
+    def head_vd(self) -> jax.Array:
+        """[V, D]: the head, or the embedding if it is tied."""
+        return (self.embed if self.cfg.tie_word_embeddings else self.lm_head)[...]
 
     def _stacks(self) -> Iterator[tuple[str, decoder.Block]]:
         """The stacks in order; a model grown without a Pre-Buffer has but one."""
