@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import numpy as np
@@ -71,7 +72,7 @@ def tokens_of(results):
 def test_64_mixed_requests_are_answered_alike_by_1_4_and_16_slots_and_on_a_mesh(model):
     requests = list(mixed_requests(64))
     lengths, answers = [], {}
-    for mesh, slots in (((1, 1, 1), 1), ((1, 1, 1), 4), ((1, 1, 1), 16), ((2, 1, 4), 16)):
+    for mesh, slots in itertools.product(((1, 1, 1), (2, 1, 4)), (1, 4, 16)):
         results = model(*mesh).generate(requests, slots=slots, max_length=2048, prefill_budget=512)
         answers[mesh, slots] = tokens_of(results)
         lengths = [result.usage["prompt_tokens"] for result in results]
@@ -288,24 +289,24 @@ def test_memory_is_checked_before_anything_is_compiled():
 
 
 def test_planned_shapes_cover_what_can_be_asked():
-    plan = shapes.plan(4096, 4096, budget=2048, slots=8)
+    plan = shapes.plan(8192, 4096, budget=2048)
     assert len(plan) == len(set(plan))
-    assert {chunk.length for chunk in plan} == {128, 256, 512, 1024, 2048, 4096}
-    for length in range(1, 4097, 61):
-        for is_alone in (True, False):
-            chunk = shapes.chunk_for(length, True, is_alone=is_alone, budget=2048, slots=8)
+    assert {chunk.rows for chunk in plan} == {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64}
+    for rows in range(1, 65):
+        for is_fresh in (True, False):
+            chunk = shapes.chunk_for(rows, is_fresh)
             assert chunk in plan
-            assert length <= chunk.length < max(2 * length, 129)
-            assert chunk.rows == 1 or chunk.rows * chunk.length <= 2048
+            assert rows <= chunk.rows <= 1.5 * rows
+    assert [shapes.rows_for(length) for length in (1, 64, 65, 1000)] == [1, 1, 2, 16]
 
 
 def test_long_prompts_go_in_by_chunks_that_cut_no_picture(model, monkeypatch):
     """Seen from outside: every chunk that is ordered, and that the answer is the same."""
     chunks, original = [], engine_module.Engine._extend
 
-    def spy(self, chunk, rows):
-        chunks.extend((running.next_chunk(self._budget), running) for _, running in rows)
-        return original(self, chunk, rows)
+    def spy(self, chunk, parts):
+        chunks.extend((running.next_chunk(self._budget), running) for running, _ in parts)
+        return original(self, chunk, parts)
 
     monkeypatch.setattr(engine_module.Engine, "_extend", spy)
     images = [picture(i, 256, 256) for i in range(4)]  # 64 visual tokens each

@@ -18,8 +18,8 @@ PROMPTS = ("single_image", "multi_image", "text_only")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
-def extend(c, params, cache, batch, rows, is_fresh):
-    return bind(c, params).extend(batch, cache, rows["slot_r"], rows["start_r"], is_fresh)
+def extend(c, params, cache, batch, where, is_fresh):
+    return bind(c, params).extend(batch, cache, where, is_fresh)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -44,6 +44,9 @@ def step_logits(neo, example, tokens, kv_dtype="float32", cut=None):
             batch = to_device(collate([part], 64, 256), neo.mesh)
             where = {"slot_r": np.zeros(rows, np.int32), "start_r": np.full(rows, start, np.int32)}
             where = {name: put(value, neo.mesh, "batch") for name, value in where.items()}
+            t, end_rt = example.thw[:, 0], np.zeros((rows, 64), np.int32)
+            end_rt[0, : stop - start] = np.searchsorted(t, t[start:stop], side="right")
+            where["end_rt"] = put(end_rt, neo.mesh, "batch", None)
             logits, cache = extend(c, neo.params, cache, batch, where, start == 0)
             start = stop
         result = [np.asarray(logits)[0]]

@@ -89,16 +89,13 @@ class Engine:
             stacks = {name: apart(params[name]) for name in STACKS if name in params}
             self.params = {**params, **stacks}
         with jax.set_mesh(mesh):
-            self._state = programs.new_state(
-                config, self.slots, self.max_length, kv_dtype, is_apart
-            )
+            length = max(self.max_length, shapes.ROW)
+            self._state = programs.new_state(config, self.slots, length, kv_dtype, is_apart)
 
     def plan(self) -> list[shapes.Chunk]:
         """The shapes of prefill that may be compiled, besides one decode and one copy."""
         image_tokens = self.config.max_pixels // 1024
-        return shapes.plan(
-            self.max_length, image_tokens, budget=self._budget, slots=self._slots_per_device
-        )
+        return shapes.plan(self.max_length, image_tokens, budget=self._budget)
 
     def warm(self) -> int:
         """Compiles every planned program; returns how many."""
@@ -189,54 +186,50 @@ class Engine:
 
     def _next_extend(self, filling: list[Running]) -> tuple[jax.Array, list]:
         """Extends the oldest request that is being filled, and those that fit beside it."""
-        first, *others = filling
-        start, stop = first.next_chunk(self._budget)
+        is_fresh, parts, used = filling[0].filled == 0, [], collections.Counter()
+        for running in filling:
+            start, stop = running.next_chunk(self._budget)
+            size, device = shapes.rows_for(stop - start), running.slot.device
+            fits = used[device] + size <= shapes.rows_for(self._budget)
+            if running is filling[0] or ((start == 0) == is_fresh and fits):
+                parts.append((running, used[device]))
+                used[device] += size
+        return self._extend(shapes.chunk_for(max(used.values()), is_fresh), parts)
 
-        def fits(running: Running) -> bool:
-            begin, end = running.next_chunk(self._budget)
-            return end - begin <= shapes.bucket(stop - start) and (begin == 0) == (start == 0)
-
-        together = [first, *filter(fits, others)]
-        chunk = shapes.chunk_for(
-            stop - start,
-            start == 0,
-            is_alone=len(together) == 1,
-            budget=self._budget,
-            slots=self._slots_per_device,
-        )
-        rows, free = [], collections.Counter()
-        for running in together:
-            if free[running.slot.device] < chunk.rows:
-                rows.append((running.slot.device * chunk.rows + free[running.slot.device], running))
-                free[running.slot.device] += 1
-        return self._extend(chunk, rows)
-
-    def _extend(self, chunk: shapes.Chunk, rows: list[tuple[int, Running]]):
+    def _extend(self, chunk: shapes.Chunk, parts: list[tuple[Running, int]]):
+        """Orders the next chunk of each request, from the given row of its device on."""
         count = chunk.rows * self._devices
         examples = [_EMPTY] * count
         slot_r, start_r = np.zeros(count, np.int32), np.zeros(count, np.int32)
+        end_rt = np.zeros((count, shapes.ROW), np.int32)
         is_last_r, seen_rv = np.zeros(count, bool), np.zeros((count, self.config.vocab_size), bool)
-        settings = [sampling.Sampling()] * count
-        for row, running in rows:
+        settings, owners = [sampling.Sampling()] * count, []
+        for running, first in parts:
             start, stop = running.next_chunk(self._budget)
-            examples[row] = _part(running.prepared.example, start, stop)
-            slot_r[row], start_r[row] = running.slot.number, start
-            is_last_r[row] = stop == running.length
-            settings[row] = running.answer.sampling
-            prompt = running.prepared.example.tokens
-            seen_rv[row] = sampling.first_seen(settings[row], prompt, self.config.vocab_size)
+            row = running.slot.device * chunk.rows + first
+            for row, begin in enumerate(range(start, stop, shapes.ROW), row):  # noqa: B020
+                end = min(begin + shapes.ROW, stop)
+                examples[row] = _part(running.prepared.example, begin, end)
+                slot_r[row], start_r[row] = running.slot.number, begin
+                end_rt[row, : end - begin] = running.ends[begin:end]
+            if stop == running.length:
+                is_last_r[row], settings[row] = True, running.answer.sampling
+                prompt = running.prepared.example.tokens
+                seen_rv[row] = sampling.first_seen(settings[row], prompt, self.config.vocab_size)
+                running.ordered += 1
+                owners.append((row, running))
             running.filled = stop
             running.slot.identity = running.prepared.identity[:stop]
-            running.ordered += stop == running.length
-        batch = collate(examples, chunk.length, chunk.num_patches)
+        batch = collate(examples, shapes.ROW, 4 * shapes.ROW)
         with jax.set_mesh(self.mesh):
-            arrays = {"slot_r": slot_r, "start_r": start_r, "is_last_r": is_last_r}
-            arrays |= {"seen_rv": seen_rv, "settings": sampling.row_settings(settings)}
+            arrays = {"slot_r": slot_r, "start_r": start_r, "end_rt": end_rt}
+            arrays |= {"is_last_r": is_last_r, "seen_rv": seen_rv}
+            arrays |= {"settings": sampling.row_settings(settings)}
             arrays = jax.tree.map(self._put, arrays) | {"batch": to_device(batch, self.mesh)}
             tokens_r, self._state = programs.extend(
                 self.config, self.params, self._state, arrays, chunk.is_fresh
             )
-        return tokens_r, [(row, running) for row, running in rows if running.is_filled]
+        return tokens_r, owners
 
     def _decode(self, active: list[Running]):
         places = [self._slots.index(running.slot) for running in active]

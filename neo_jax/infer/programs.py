@@ -41,15 +41,15 @@ def new_state(
 def extend(
     c: ModelConfig, params: dict, state: State, rows: dict, is_fresh: bool
 ) -> tuple[jax.Array, State]:
-    """Puts a chunk of a prompt into each row's slot; returns each row's next token [R].
+    """Puts parts of prompts into their slots; returns each row's next token [R].
 
     Args:
-      rows: `batch` [R, T]; `slot_r`, `start_r` as in `Neo.extend`; `is_last_r` whether the prompt
-        ends here, so that generation starts; then `seen_rv` and `settings` of the request.
-      is_fresh: all rows start at 0.
+      rows: `batch` [R, T]; `slot_r`, `start_r`, `end_rt` and `is_fresh` as in `Neo.extend`;
+        `is_last_r`, whether the prompt ends in this row, so that generation starts; then `seen_rv`
+        and `settings` of the request.
     """
     neo, slot_r = bind(c, params), rows["slot_r"]
-    logits_rv, state = neo.extend(rows["batch"], state, slot_r, rows["start_r"], is_fresh)
+    logits_rv, state = neo.extend(rows["batch"], state, rows, is_fresh)
     first_r = jnp.zeros_like(slot_r)
     tokens_r = sampling.sample(logits_rv, rows["seen_rv"], rows["settings"], first_r)
     seen_rv = sampling.add_seen(rows["seen_rv"], tokens_r)

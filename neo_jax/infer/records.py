@@ -23,6 +23,7 @@ _SAMPLING = typing.get_type_hints(Sampling) | _STOPS
 _FIELDS = _PLAIN | _PATHS | _TURNS | _SAMPLING
 _HINTS = typing.get_type_hints(load_video)
 _VIDEO_OPTIONS = {name: _HINTS[name] for name in load_video.__kwdefaults__}
+_VIDEO_OPTIONS["fps"] = float | None  # a function is no JSON
 
 
 class Record(typing.NamedTuple):

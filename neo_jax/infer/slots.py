@@ -1,6 +1,7 @@
 """Which slot a request gets, and what of an earlier prompt it finds there."""
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -32,6 +33,12 @@ class Running:
     @property
     def length(self) -> int:
         return len(self.prepared.identity)
+
+    @functools.cached_property
+    def ends(self) -> np.ndarray:
+        """[L] up to where in its prompt each token sees: past its own image, or itself."""
+        t = self.prepared.example.thw[:, 0]
+        return np.searchsorted(t, t, side="right")
 
     @property
     def is_filled(self) -> bool:

@@ -102,7 +102,7 @@ def _attend_one(q_b1nj, k_bskj, v_bskh, start_b1, end_b1, scale):
 
 
 def _attend_one_by_dots(q_b1nj, k_bskj, v_bskh, start_b1, end_b1, scale):
-    """One query per row elsewhere: two products per row with all its heads' keys and values at once.
+    """One query per row elsewhere: two products per row, with all its heads' keys and values.
 
     They lie together, so they are read once and never moved, as a product for each head would have
     it. Each query is put among zeros in the other heads' places, and each result is taken from its

@@ -26,9 +26,7 @@ STACKS = ("pre_buffer", "post_llm")
 KV_DTYPES = ("bfloat16", "float32", "int8")
 
 
-def empty(
-    c: ModelConfig, rows: int, length: int, kv_dtype: str, is_apart: bool = False
-) -> Cache:
+def empty(c: ModelConfig, rows: int, length: int, kv_dtype: str, is_apart: bool = False) -> Cache:
     """A cache with no tokens in it. Call it inside jit, under the mesh.
 
     `is_apart`: for parameters whose layers are apart (`decoder.Apart`); each layer's part of the
@@ -129,22 +127,23 @@ def write_chunk(
     return jax.tree.map(write, store, _encoded(new_rt, store))
 
 
-def read(store: Store, layer: jax.Array, dtype: str, slot_r: jax.Array | None = None) -> jax.Array:
-    """[B, S, K, width] of one layer, or [R, S, K, width] of the slots `slot_r`."""
+def read(store: Store, layer: jax.Array, dtype: str) -> jax.Array:
+    """[B, S, K, width] of one layer."""
 
     def rows(array):
-        array = jax.lax.dynamic_index_in_dim(array, layer, axis=0, keepdims=False)
-        if slot_r is None:
-            return array
-        part = _part(array, _ROWS)
-        in_specs = (part, spec("batch"))
-        take = jax.shard_map(_take, in_specs=in_specs, out_specs=part, check_vma=False)
-        return take(array, slot_r)
+        return jax.lax.dynamic_index_in_dim(array, layer, axis=0, keepdims=False)
 
-    taken = jax.tree.map(rows, store)
-    if isinstance(taken, dict):
-        return (taken["values"] * taken["scale"][..., None]).astype(dtype)
-    return taken.astype(dtype)
+    return _decoded(jax.tree.map(rows, store), dtype)
+
+
+def read_slot(store: Store, layer: jax.Array, slot: jax.Array, dtype: str) -> jax.Array:
+    """[1, S, K, width] of one layer and slot. For use inside shard_map."""
+
+    def row(array):
+        index = (layer, slot, *[0] * (array.ndim - 2))
+        return _in_order(jax.lax.dynamic_slice(array, index, (1, 1, *array.shape[2:]))[0])
+
+    return _decoded(jax.tree.map(row, store), dtype)
 
 
 def copy_slot(cache: Cache, from_d: jax.Array, to_d: jax.Array) -> Cache:
@@ -185,14 +184,22 @@ _STORE = (None, "batch", None, "heads", None)
 _ROWS = ("batch", None, "heads", None)
 
 
-def _take(array: jax.Array, slot_r: jax.Array) -> jax.Array:
-    return _in_order(jnp.take(array, slot_r, axis=0))
-
-
 def _in_order(array: jax.Array) -> jax.Array:
     """The array, its last dimension contiguous: another order that suits attention better is then
     made of this part alone, and not of the whole cache that it is read from or written to."""
     return with_layout_constraint(array, Layout(tuple(range(array.ndim))))
+
+
+def partition(store: dict[str, Store]) -> Any:
+    """How the arrays of {"k": ..., "v": ...} are split over the mesh."""
+    return jax.tree.map(lambda array: _part(array, _STORE), store)
+
+
+def _decoded(store: Store, dtype: str) -> jax.Array:
+    """The numbers of a store, or of a part of one."""
+    if isinstance(store, dict):
+        return (store["values"] * store["scale"][..., None]).astype(dtype)
+    return store.astype(dtype)
 
 
 def _part(array: jax.Array, names: tuple[str | None, ...]):

@@ -6,7 +6,7 @@ keeps optimizers, checkpoints and the converter ignorant of Flax.
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from neo_jax.kernels.intervals import intervals
 from neo_jax.model import cache as kv
 from neo_jax.model import decoder, layers
 from neo_jax.model.patch_embed import PatchEmbed
+from neo_jax.model.prefill import attend_rows, attend_slots
 from neo_jax.model.rope import thw_rotary
 from neo_jax.sharding import AXES, make_mesh, spec
 
@@ -52,27 +53,27 @@ class Neo(nnx.Module):
         return self.inputs(batch), layers_lbtd, self.normed(x_btd)
 
     def extend(
-        self, batch: Batch, cache: kv.Cache, slot_r: jax.Array, start_r: jax.Array, is_fresh: bool
+        self, batch: Batch, cache: kv.Cache, where: Mapping[str, jax.Array], is_fresh: bool
     ) -> tuple[jax.Array, kv.Cache]:
-        """Prefill: writes each row's tokens into a slot of the cache.
+        """Prefill: writes rows of tokens into slots of the cache.
 
         Args:
-          batch: [R, T] tokens of at most one document per row, of all its images in it whole;
-            `thw` as in the document. A row of padding changes nothing.
+          batch: [R, T] a part of one prompt per row; `thw` as in the prompt. Rows of a prompt
+            follow one another, all but its last one full, and have its images whole. A row of
+            padding changes nothing.
           cache: of B slots.
-          slot_r: [R] the row's slot, numbered on each device of the batch axes.
-          start_r: [R] how many of the document's tokens the slot holds already.
-          is_fresh: all of `start_r` are 0, so nothing of the cache need be read.
+          where: `slot_r` [R], the row's slot, numbered on each device of the batch axes; `start_r`
+            [R], where in its prompt the row begins; `end_rt` [R, T], up to where in its prompt a
+            token sees.
+          is_fresh: all prompts begin in these rows, so nothing of the cache need be read.
 
         Returns:
           logits [R, V] after each row's last token, and the cache.
         """
-        c = self.cfg
-        first_rt, end_rt = intervals(batch["thw"][..., 0], batch["segments"])
+        c, scale = self.cfg, self.cfg.head_dim**-0.5
+        slot_r, start_r, end_rt = (where[name] for name in ("slot_r", "start_r", "end_rt"))
         count_r = jnp.sum(batch["segments"] > 0, axis=1, dtype=jnp.int32)
         rotary = thw_rotary(batch["thw"], c.t_width, c.hw_width, c.rope_theta, c.rope_theta_hw)
-        if not is_fresh:
-            first_rt, end_rt = first_rt * 0, end_rt + start_r[:, None]
 
         def body(block, layer, x_rtd, store):
             def attend(q_rtnj, k_rtkj, v_rtkh):
@@ -80,12 +81,9 @@ class Neo(nnx.Module):
                     which: kv.write_chunk(store[which], new, layer, slot_r, start_r, count_r)
                     for which, new in (("k", k_rtkj), ("v", v_rtkh))
                 }
-                if not is_fresh:
-                    k_rtkj, v_rtkh = (kv.read(grown[w], layer, c.dtype, slot_r) for w in "kv")
-                z_rtnh = interval_attention(
-                    q_rtnj, k_rtkj, v_rtkh, first_rt, end_rt, c.head_dim**-0.5
-                )
-                return z_rtnh, grown
+                if is_fresh:
+                    return attend_rows(q_rtnj, k_rtkj, v_rtkh, start_r, end_rt, scale), grown
+                return attend_slots(q_rtnj, grown, layer, slot_r, end_rt, scale), grown
 
             x_rtd, store = block(x_rtd, rotary, attend)
             return x_rtd, store, None
