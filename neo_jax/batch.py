@@ -14,6 +14,11 @@ patches    [B, P, C]   uint8    flattened patches (channel, y, x) in 2x2 block o
                                 already normalised.
 patch_hw   [B, P, 2]   int32    row and column of each patch on its image's 16-pixel grid
 
+For training, with next-token targets of the same document:
+
+targets    [B, L]      int32    the token after this one
+weights    [B, L]      float32  of that token in the loss; 0 where nothing is to be learnt
+
 P may be 0 for text. Why 2x2 block order: both convolutions are then matrix products.
 
     patch grid 2 x 4, row-major      0 1 2 3      block order  0 1 4 5 | 2 3 6 7
@@ -24,9 +29,9 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
-from neo_jax.sharding import batch_rows, put
+from neo_jax.sharding import batch_rows, put, spec
 
 Batch = Mapping[str, jax.Array]
 
@@ -35,6 +40,7 @@ IMAGE_MEAN = np.array((0.485, 0.456, 0.406), np.float32)
 IMAGE_STD = np.array((0.229, 0.224, 0.225), np.float32)
 
 RANK = {"tokens": 2, "segments": 2, "thw": 3, "is_image": 2, "patches": 3, "patch_hw": 3}
+RANK |= {"targets": 2, "weights": 2}
 
 
 def to_device(batch: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
@@ -47,3 +53,19 @@ def to_device(batch: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
         return put(array, mesh, "batch", *[None] * (RANK[name] - 1))
 
     return {name: place(name) for name in batch}
+
+
+def micro_batches(batch: Mapping[str, np.ndarray], count: int, mesh: Mesh) -> Batch:
+    """Places a training batch as `count` micro-batches: [count, rows / count, ...] each.
+
+    Args:
+      batch: this process's rows (`sharding.data_shard`), a multiple of `count` times what its
+        devices need.
+    """
+
+    def place(name: str) -> jax.Array:
+        array = batch[name].reshape(count, -1, *batch[name].shape[1:])
+        partition = spec(None, "batch", *[None] * (RANK[name] - 1))
+        return jax.make_array_from_process_local_data(NamedSharding(mesh, partition), array)
+
+    return {name: place(name) for name in RANK}

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -70,3 +71,21 @@ def batch_rows(mesh: Mesh) -> int:
 def put(array, mesh: Mesh, *names: str | None) -> jax.Array:
     """Places a host array on the mesh, split by its dimensions' names."""
     return jax.device_put(array, NamedSharding(mesh, spec(*names)))
+
+
+def data_shard(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): which share of the rows of a batch this process feeds, of how many.
+
+    Processes whose devices hold the same rows, split over `tensor`, feed the same share.
+
+    Raises:
+      InputError: when processes hold rows in common without holding all the same.
+    """
+    devices = mesh.devices.reshape(batch_rows(mesh), -1)
+    rows: dict[int, set[int]] = {}
+    for (row, _), device in np.ndenumerate(devices):
+        rows.setdefault(device.process_index, set()).add(row)
+    shares = sorted({tuple(sorted(held)) for held in rows.values()})
+    if len({len(share) for share in shares}) > 1 or sum(map(len, shares)) != len(devices):
+        raise InputError(f"mesh {dict(mesh.shape)}: hosts share rows unevenly; change its sizes")
+    return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)

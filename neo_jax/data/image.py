@@ -57,10 +57,11 @@ def smart_resize(
     return rows, columns
 
 
-def open_rgb(source: ImageSource) -> Image.Image:
+def open_rgb(source: ImageSource, *, flatten: bool = True) -> Image.Image:
     """An RGB picture from a path, encoded bytes, a Pillow image or an [H, W, 3] uint8 array.
 
-    An RGBA picture with fully transparent pixels is laid on white; other alpha is dropped.
+    An RGBA picture with fully transparent pixels is laid on white, if `flatten`; other alpha is
+    dropped.
 
     Raises:
       InputError: naming the file that is missing or that Pillow cannot read.
@@ -72,9 +73,11 @@ def open_rgb(source: ImageSource) -> Image.Image:
             image = Image.fromarray(source)
         elif isinstance(source, bytes):
             image = Image.open(io.BytesIO(source))
+        elif os.path.exists(source) and not os.path.isfile(source):
+            raise OSError("not a file")  # a pipe would block for ever
         else:
             image = Image.open(source)
-        if image.mode == "RGBA":
+        if image.mode == "RGBA" and flatten:
             return _flattened(image)
         return image.convert("RGB")
     except FileNotFoundError as error:
@@ -87,6 +90,8 @@ def open_rgb(source: ImageSource) -> Image.Image:
         ValueError,
         TypeError,
         AttributeError,
+        LookupError,
+        RuntimeError,  # what else its decoders raise for damage
         Image.DecompressionBombError,
     ) as error:
         raise InputError(f"image {_name(source)}: {error}") from error

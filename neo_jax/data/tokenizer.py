@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from neo_jax.errors import InputError
 
 # Qwen2's splitting: contractions, words, single digits, punctuation, line ends, other space.
-_SPLIT = (
+SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -54,6 +54,10 @@ class NeoTokenizer:
     def from_directory(cls, directory: str | Path) -> "NeoTokenizer":
         """Reads the tokenizer files of a checkpoint directory; InputError names what is wrong."""
         return cls(_read(Path(directory)), str(directory))
+
+    def to_json(self) -> str:
+        """The content of a `tokenizer.json`."""
+        return self._tokenizer.to_str(pretty=True)
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -134,7 +138,7 @@ def _from_slow_files(directory: Path) -> Tokenizer:
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_SPLIT), "isolated"),
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from PIL import Image
@@ -112,7 +112,7 @@ def load_video(
     source: VideoSource,
     *,
     num_frames: int | None = None,
-    fps: float | None = None,
+    fps: float | Callable[[float], float] | None = None,
     max_frames: int = 128,
     spacing: str = "inside",
     span: tuple[float, float] | None = None,
@@ -126,6 +126,7 @@ def load_video(
     Args:
       source: a video file; a folder of pictures, in the natural order of their names (2 before
         10); or a list of pictures, each anything that `open_rgb` takes.
+      fps: as in `choose_frames`, or a function from the video's own frames per second to that.
       span: (start, end) in seconds, to choose only in there.
       frame_rate: frames per second of a folder or list, default 1; a file has its own.
 
@@ -136,6 +137,7 @@ def load_video(
     if frame_rate is not None and (is_file or not 0 < frame_rate < math.inf):
         raise InputError(f"frame_rate {frame_rate}: above 0, for folders and lists of pictures")
     listed, rate = _packets(source) if is_file else (_pictures(source), frame_rate or 1.0)
+    fps = fps(rate) if callable(fps) else fps
     first, last = span_frames(len(listed), rate, span)
     length = last - first + 1
     indices = first + choose_frames(
@@ -201,6 +203,8 @@ def _open(path: str | os.PathLike):
         import av
     except ImportError as error:
         raise InputError(f"video {path}: to read it, install neo-ov-jax[video]") from error
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would block for ever
+        raise InputError(f"video {path}: not a file")
     try:
         with av.open(os.path.abspath(path), metadata_errors="ignore") as container:
             stream = container.streams.best("video")

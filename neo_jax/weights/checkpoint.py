@@ -71,6 +71,11 @@ def find_checkpoint(path: str | Path, dtype: str | None = None) -> Checkpoint | 
     raise InputError(f"{path}: has params but no {DESCRIPTION} that says of what model")
 
 
+def describe(c: ModelConfig) -> str:
+    """The content of `neo_jax.json`."""
+    return json.dumps({"format": FORMAT, "model": dataclasses.asdict(c)}, indent=2) + "\n"
+
+
 def write_checkpoint(
     target: str | Path,
     c: ModelConfig,
@@ -101,8 +106,7 @@ def write_checkpoint(
     needed = num_bytes(c, dtype)
     with new_directory(target, needed, overwrite=overwrite, say=say) as directory:
         fill(directory)
-        content = {"format": FORMAT, "model": dataclasses.asdict(c)}
-        (directory / DESCRIPTION).write_text(json.dumps(content, indent=2) + "\n")
+        (directory / DESCRIPTION).write_text(describe(c))
         tree = _pending_params(c, tensors, mesh_shape, dtype, wrote)
         orbax_files.write_tree(directory / "params", tree)
 

@@ -88,12 +88,20 @@ def new_directory(
             lock.close()
 
 
+def side_files(source: Path) -> list[Path]:
+    """Configuration, tokenizer and code files: all that is not weights, and not a folder."""
+    return [
+        path
+        for path in sorted(source.iterdir())
+        if path.is_file()
+        and path.suffix in _SIDE_SUFFIXES
+        and not path.name.endswith(".index.json")
+    ]
+
+
 def copy_side_files(source: Path, target: Path) -> None:
-    """Copies configuration, tokenizer and code files: all that is not weights, and not a folder."""
-    for path in sorted(source.iterdir()):
-        is_index = path.name.endswith(".index.json")
-        if path.is_file() and path.suffix in _SIDE_SUFFIXES and not is_index:
-            shutil.copyfile(path, target / path.name)
+    for path in side_files(source):
+        shutil.copyfile(path, target / path.name)
 
 
 def _lock_path(target: Path) -> Path:

@@ -1,0 +1,55 @@
+"""The embedded default: a tiny NEO learns to answer questions about drawn pictures.
+
+Everything is drawn here, so nothing is downloaded, and it ends within minutes on two CPU cores.
+"""
+
+from neo_jax.config import ModelConfig
+from neo_jax.data.pipeline import DataConfig
+from neo_jax.data.shapes import NAME, VOCABULARY
+from neo_jax.train.config import Config
+from neo_jax.train.optimizer import OptimConfig
+
+MODEL = ModelConfig(
+    hidden_size=128,
+    intermediate_size=384,
+    num_pre_buffer_layers=1,
+    num_post_llm_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    vocab_size=VOCABULARY,
+    vision_hidden_size=128,
+    rope_theta=1e4,
+    rope_theta_hw=1e2,
+    tie_word_embeddings=True,
+    max_position_embeddings=1024,
+    min_pixels=4096,
+    max_pixels=65536,
+    dtype="float32",
+)
+
+
+def get_config() -> Config:
+    return Config(
+        workdir="runs/tiny_shapes",
+        model=MODEL,
+        tokenizer=NAME,
+        data=DataConfig(
+            mixture="shapes:short",
+            length=256,
+            num_patches=512,
+            rows=16,
+            min_pixels=4096,
+            max_pixels=65536,
+            packing_rows=32,
+        ),
+        held_out="shapes:held-out",
+        optim=OptimConfig(peak_lr=2e-3, min_lr_ratio=0.02, warmup_steps=50, weight_decay=0.05),
+        steps=1000,
+        init_scale=2.5,
+        dtype="float32",
+        mesh=(1, 1, 1),
+        remat="none",
+        log_every=50,
+        save_every=500,
+    )

@@ -1,0 +1,101 @@
+"""Several sources of records as one, drawn from at given rates.
+
+A mixture is written "a.jsonl%50,b.parquet@2,c.json": with %50, half as often as its size asks for;
+with @2, twice for each record of the other sources, whatever their sizes. Drawing without end gives
+each source in proportion to its records times its rate, or to its weight if any source has one.
+A name that has a comma itself cannot be written so.
+"""
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Sequence
+
+import grain
+import numpy as np
+
+from neo_jax.data.record_files import Records, open_records
+from neo_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Records, and how often they are drawn."""
+
+    records: Records
+    rate: float = 1.0  # times the number of its records
+    weight: float | None = None  # instead: its share of all examples, over the sum of weights
+
+
+class Mixture:
+    """Numbered records: 0 .. len - 1, source after source."""
+
+    def __init__(self, sources: Sequence[Source]):
+        if not sources:
+            raise InputError("data.mixture is empty: name a file of records")
+        self.sources = tuple(sources)
+        self._ends = np.cumsum([len(source.records) for source in sources])
+
+    @classmethod
+    def parse(cls, text: str) -> "Mixture":
+        """Opens what a mixture's text names; InputError says what is wrong with it."""
+        names = [name.strip() for name in text.split(",") if name.strip()]
+        return cls([_parse(name) for name in names])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, number: int) -> dict:
+        records, index = self._find(number)
+        return records[index]
+
+    def where(self, number: int) -> str:
+        """The file of a record and its place there."""
+        records, index = self._find(number)
+        return records.where(index)
+
+    def numbers(self, seed: int, repeat: bool) -> grain.MapDataset:
+        """The order of records: without end, shuffled in each turn; or all of them once."""
+        if not repeat:
+            return grain.MapDataset.range(len(self))
+        parts, shares, first = [], [], 0
+        for place, (source, end) in enumerate(zip(self.sources, self._ends, strict=True)):
+            part = grain.MapDataset.range(first, int(end))
+            if not source.records.is_ordered:
+                part = part.seed(seed + 7919 * place).shuffle()
+            parts.append(part.repeat())
+            shares.append(self._share(source))
+            first = int(end)
+        if len(parts) == 1:
+            return parts[0]
+        return grain.MapDataset.mix(parts, weights=np.array(shares) / sum(shares))
+
+    def fingerprint(self) -> str:
+        """A digest of what the mixture is made of: names, sizes, rates."""
+        parts = [(s.records.name, len(s.records), s.rate, s.weight) for s in self.sources]
+        return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
+
+    def _share(self, source: Source) -> float:
+        if any(other.weight is not None for other in self.sources):
+            return 1.0 if source.weight is None else source.weight
+        return source.rate * len(source.records)
+
+    def _find(self, number: int) -> tuple[Records, int]:
+        place = int(np.searchsorted(self._ends, number, side="right"))
+        records = self.sources[place].records
+        return records, int(number - self._ends[place] + len(records))
+
+
+def _parse(name: str) -> Source:
+    match = re.fullmatch(r"(.+?)(?:([%@])([0-9.]+))?", name)
+    path, kind, text = match.groups()
+    try:
+        number = float(text) if kind else 1.0
+    except ValueError:
+        number = 0.0
+    if number <= 0:
+        raise InputError(f"data.mixture: {name!r}: what follows {kind} must be a number above 0")
+    records = open_records(path)
+    if kind == "@":
+        return Source(records, weight=number)
+    return Source(records, rate=number / 100 if kind else 1.0)

@@ -1,0 +1,152 @@
+"""From files of records to packed batches on the host: the one place that knows grain.
+
+    records ──shuffle, repeat──▶ mixture ──this process's share──▶ example ──pack──▶ rows ──▶ batch
+
+Everything before packing is a pure function of a record's number and a seed, so the iterator's
+state is a few numbers, and a resumed run sees the batches an unbroken one would have seen. A record
+that cannot be used becomes an example of no tokens that carries its number: it is packed like any
+other, so no count is lost between processes, and none is counted twice.
+"""
+
+import dataclasses
+
+import grain
+import numpy as np
+from absl import flags
+
+from neo_jax.config import PATCH_CHANNELS
+from neo_jax.data.mixture import Mixture
+from neo_jax.data.supervised import Limits, TooLong, supervised_example
+from neo_jax.data.tokenizer import NeoTokenizer
+from neo_jax.errors import InputError
+
+MAX_SKIPPED = 64  # records of a row that could not be used
+BAD, TOO_LONG = 0, 1  # why
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    mixture: str = ""  # files, comma-separated: "a.jsonl%50,b.parquet"; see data/mixture.py
+    length: int = 8192  # tokens of a row
+    num_patches: int = 0  # patches of a row; 0: as many as its tokens could need, 4 each
+    rows: int = 8  # of a step, over all hosts and micro-batches
+    min_pixels: int = 65536  # of an image
+    max_pixels: int = 16777216  # of an image; n > 1 images get max(2 * max_pixels // n, min) each
+    max_frames: int = 128  # of a video
+    weights: str = "square"  # of n supervised tokens: 1/sqrt(n); "token": 1; "sample": 1/n
+    too_long: str = "drop"  # examples longer than a row; or "shrink": their images, to fit
+    max_bad_share: float = 0.05  # of records that cannot be used, at which the run stops
+    workers: int = 0  # processes that prepare examples; 0: threads of this one
+    packing_rows: int = 8  # rows that are filled at once: more fill better and need more memory
+
+    def limits(self) -> Limits:
+        return Limits(
+            length=self.length,
+            num_patches=self.num_patches or 4 * self.length,
+            min_pixels=self.min_pixels,
+            max_pixels=self.max_pixels,
+            max_frames=self.max_frames,
+            weights=self.weights,
+            too_long=self.too_long,
+        )
+
+
+def batches(
+    d: DataConfig,
+    mixture: Mixture,
+    tokenizer: NeoTokenizer,
+    *,
+    seed: int,
+    shard: tuple[int, int] = (0, 1),
+    repeat: bool = True,
+) -> grain.IterDataset:
+    """Packed host batches: the arrays of `batch.py`, and which records they are made of.
+
+    Besides the model's arrays a batch has `records` [B, n] int64, 1 + the number in the mixture of
+    each document's record, 0 where there is none; and `skipped` [B, m, 2], 1 + the number of a
+    record that could not be used, and why: BAD or TOO_LONG.
+
+    Args:
+      shard: (index, count): this process's share (`sharding.data_shard`).
+      repeat: endlessly, shuffled anew each time; else once, in order, and the last batch may have
+        fewer rows.
+    """
+    index, count = shard
+    if d.rows % count:
+        raise InputError(f"data.rows is {d.rows}: use a multiple of the {count} shares of hosts")
+    limits = d.limits()
+    numbers = mixture.numbers(seed, repeat)[index::count]
+    make = _Make(mixture, tokenizer, limits)
+    examples = (
+        numbers.seed(seed)
+        .random_map(make)
+        .to_iter_dataset(
+            grain.ReadOptions(num_threads=0 if d.workers else 4, prefetch_buffer_size=32)
+        )
+    )
+    packed = grain.experimental.BestFitPackIterDataset(
+        examples,
+        length_struct=_lengths(limits),
+        num_packing_bins=d.packing_rows,
+        seed=seed,
+        shuffle_bins=repeat,
+        meta_features=[name for name in _lengths(limits) if name != "tokens"],
+    ).map(_row)
+    rows = packed.batch(d.rows // count, drop_remainder=repeat)
+    if d.workers:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # grain's workers read them
+        return rows.mp_prefetch(grain.MultiprocessingOptions(d.workers, per_worker_buffer_size=2))
+    return grain.experimental.ThreadPrefetchIterDataset(rows, prefetch_buffer_size=2)
+
+
+def explain(mixture: Mixture, tokenizer: NeoTokenizer, limits: Limits, number: int) -> str:
+    """What is wrong with a record that was skipped: its file, its place there, and the reason."""
+    try:
+        supervised_example(mixture[number], tokenizer, limits, np.random.default_rng(number))
+    except Exception as error:
+        return f"{mixture.where(number)}: {error}"
+    return f"{mixture.where(number)}: could not be read when it was needed"
+
+
+@dataclasses.dataclass
+class _Make:
+    """Number of a record -> its example, or an empty one."""
+
+    mixture: Mixture
+    tokenizer: NeoTokenizer
+    limits: Limits
+
+    def __call__(self, number: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        mark = np.array([number + 1], np.int64)
+        try:
+            arrays = supervised_example(self.mixture[number], self.tokenizer, self.limits, rng)
+        except Exception as error:  # whatever a damaged file makes a library raise
+            reason = TOO_LONG if isinstance(error, TooLong) else BAD
+            return _nothing() | {"skipped": np.array([[number + 1, reason]], np.int64)}
+        return arrays | {"records": mark, "skipped": np.zeros((0, 2), np.int64)}
+
+
+def _nothing() -> dict[str, np.ndarray]:
+    return {
+        "tokens": np.zeros(0, np.int32),
+        "thw": np.zeros((0, 3), np.int32),
+        "is_image": np.zeros(0, bool),
+        "targets": np.zeros(0, np.int32),
+        "weights": np.zeros(0, np.float32),
+        "patches": np.zeros((0, PATCH_CHANNELS), np.uint8),
+        "patch_hw": np.zeros((0, 2), np.int32),
+        "records": np.zeros(0, np.int64),
+    }
+
+
+def _lengths(limits: Limits) -> dict[str, int]:
+    tokens = dict.fromkeys(("tokens", "thw", "is_image", "targets", "weights"), limits.length)
+    patches = dict.fromkeys(("patches", "patch_hw"), limits.num_patches)
+    # A row of more documents is closed before it is full: these would have 4 tokens each.
+    return tokens | patches | {"records": -(-limits.length // 4), "skipped": MAX_SKIPPED}
+
+
+def _row(row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    names = [name for name in row if not name.startswith("tokens_")]
+    return {name: row[name] for name in names} | {"segments": row["tokens_segment_ids"]}

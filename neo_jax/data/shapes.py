@@ -1,0 +1,278 @@
+"""Pictures that are drawn here, with questions about them: something to learn without any download.
+
+A record is drawn from its number alone, so there are as many as anyone wants, the same each time.
+Layouts (what is where, in which colour and size) are divided by a hash: no layout that is held out
+is ever trained on.
+
+    kind       picture                        question                          answers
+    caption    one thing                      What is in the picture?           a red star, top left
+    colour     one thing                      What colour is it?                6 colours
+    shape      one thing                      What shape is it?                 5 shapes
+    place      one thing                      Where is it?                      9 places
+    digit      a digit                        Which digit is it?                10 digits
+    count      1 to 6 equal things            How many things are there?        6 numbers
+    binding    two things                     What colour is the star?          6 colours
+    relation   two things                     Where is the star, seen from ...  4 directions
+    change     two pictures                   What changed?                     4 answers
+    motion     a video of four frames         Which way does it move?           4 directions
+"""
+
+import functools
+import hashlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from neo_jax.data.tokenizer import NEO_TOKENS, SPLIT, TURN_END, TURN_START, NeoTokenizer
+
+NAME = "shapes"  # of the source and its tokenizer
+VOCABULARY = 768
+
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 160, 60),
+    "blue": (40, 80, 220),
+    "yellow": (240, 200, 30),
+    "purple": (150, 50, 180),
+    "black": (20, 20, 20),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross")
+ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
+WAYS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+SEEN_FROM = {"left": "left", "right": "right", "up": "above", "down": "below"}
+SIDE, SMALL_SIDE = 128, 64  # pixels of a picture, and of a frame or one of two pictures
+
+
+class Thing(NamedTuple):
+    shape: str
+    colour: str
+    x: int  # of its centre, pixels
+    y: int
+    radius: int
+
+
+class Question(NamedTuple):
+    kind: str
+    text: str
+    answer: str
+
+
+class Drawn(NamedTuple):
+    """Pictures and what can be asked about them."""
+
+    pictures: list[Image.Image]
+    questions: list[Question]
+    is_video: bool = False
+
+
+def draw_record(kind: str, seed: int, number: int, is_held_out: bool) -> Drawn:
+    """The picture of a kind with this number, of the layouts that are held out or of the others."""
+    for attempt in range(1000):
+        rng = np.random.default_rng((seed, number, attempt))
+        layout, make = _LAYOUTS[kind](rng)
+        digest = hashlib.blake2b(repr(layout).encode(), digest_size=2).digest()
+        if (digest[0] < 32) == is_held_out:  # one in eight
+            return make()
+    raise RuntimeError(f"no layout for {kind}")
+
+
+def kinds() -> list[str]:
+    """Of pictures; "one" has questions of four kinds."""
+    return list(_LAYOUTS)
+
+
+def _one(rng):
+    thing, row, column = _somewhere(rng, _shape(rng), _colour(rng), rng.integers(14, 27))
+    background = _background(rng)
+    place = f"{ROWS[row]} {COLUMNS[column]}"
+    caption = f"a {thing.colour} {thing.shape}, {place}"
+    questions = [
+        Question("colour", "What colour is it?", thing.colour),
+        Question("shape", "What shape is it?", thing.shape),
+        Question("place", "Where is it?", place),
+        Question("caption", "What is in the picture?", caption),
+    ]
+    return (thing, background), lambda: Drawn([_picture([thing], background)], questions)
+
+
+def _digit(rng):
+    digit, colour, size = int(rng.integers(10)), _colour(rng), int(rng.integers(56, 89))
+    x, y = (int(v) for v in rng.integers(48, 81, 2))
+    background = _background(rng)
+
+    def make():
+        picture = Image.new("RGB", (SIDE, SIDE), background)
+        font = ImageFont.load_default(size)
+        ImageDraw.Draw(picture).text((x, y), str(digit), COLOURS[colour], font, anchor="mm")
+        question = Question("digit", "Which digit is it?", str(digit))
+        return Drawn([picture], [question, Question("colour", "What colour is it?", colour)])
+
+    return (digit, colour, size, x, y, background), make
+
+
+def _count(rng):
+    number, shape, colour = int(rng.integers(1, 7)), _shape(rng), _colour(rng)
+    background = _background(rng)
+    cells = rng.permutation(9)[:number]
+    things = [_in_cell(rng, shape, colour, rng.integers(11, 17), *divmod(int(c), 3)) for c in cells]
+    questions = [
+        Question("count", "How many things are there?", str(number)),
+        Question("colour", "What colour are they?", colour),
+    ]
+    return (things, background), lambda: Drawn([_picture(things, background)], questions)
+
+
+def _two(rng):
+    shapes = [SHAPES[i] for i in rng.permutation(len(SHAPES))[:2]]
+    colours = [list(COLOURS)[i] for i in rng.permutation(len(COLOURS))[:2]]
+    way = list(WAYS)[rng.integers(4)]
+    across, line = WAYS[way][0] != 0, int(rng.integers(3))
+    near, far = sorted(int(c) for c in rng.permutation(3)[:2])
+    places = [far, near] if sum(WAYS[way]) > 0 else [near, far]
+    background = _background(rng)
+    things = [
+        _in_cell(rng, shape, colour, rng.integers(13, 19), *((line, p) if across else (p, line)))
+        for shape, colour, p in zip(shapes, colours, places, strict=True)
+    ]
+    first, second = shapes
+    back = next(name for name, step in WAYS.items() if step == tuple(-s for s in WAYS[way]))
+    questions = [
+        Question("binding", f"What colour is the {first}?", colours[0]),
+        Question("relation", f"Where is the {first}, seen from the {second}?", SEEN_FROM[way]),
+        Question("binding", f"What colour is the {second}?", colours[1]),
+        Question("relation", f"Where is the {second}, seen from the {first}?", SEEN_FROM[back]),
+    ]
+    return (things, background), lambda: Drawn([_picture(things, background)], questions)
+
+
+def _change(rng):
+    radius = rng.integers(9, 13)
+    before, row, column = _somewhere(rng, _shape(rng), _colour(rng), radius, SMALL_SIDE)
+    what = ("the colour", "the shape", "the place", "nothing")[rng.integers(4)]
+    background, after = _background(rng), before
+    if what == "the colour":
+        after = before._replace(colour=_colour(rng, but=before.colour))
+    elif what == "the shape":
+        after = before._replace(shape=_shape(rng, but=before.shape))
+    elif what == "the place":
+        cells = [cell for cell in range(9) if cell != 3 * row + column]
+        cell = divmod(int(rng.choice(cells)), 3)
+        after = _in_cell(rng, before.shape, before.colour, before.radius, *cell, SMALL_SIDE)
+
+    def make():
+        pictures = [_picture([thing], background, SMALL_SIDE) for thing in (before, after)]
+        return Drawn(pictures, [Question("change", "What changed?", what)])
+
+    return (before, after, background), make
+
+
+def _motion(rng):
+    way, (shape, colour) = list(WAYS)[rng.integers(4)], (_shape(rng), _colour(rng))
+    step, background, radius = int(rng.integers(7, 12)), _background(rng), int(rng.integers(8, 12))
+    x, y = (int(v) for v in rng.integers(26, 39, 2))
+    dx, dy = WAYS[way]
+    frames = [
+        Thing(shape, colour, int(x + dx * moved), int(y + dy * moved), radius)
+        for moved in step * (np.arange(4) - 1.5)
+    ]
+
+    def make():
+        pictures = [_picture([thing], background, SMALL_SIDE) for thing in frames]
+        return Drawn(pictures, [Question("motion", "Which way does it move?", way)], is_video=True)
+
+    return (frames, background), make
+
+
+_LAYOUTS: dict[str, Callable] = {
+    "one": _one,
+    "digit": _digit,
+    "count": _count,
+    "two": _two,
+    "change": _change,
+    "motion": _motion,
+}
+
+
+def _shape(rng, but: str = "") -> str:
+    return str(rng.choice([shape for shape in SHAPES if shape != but]))
+
+
+def _colour(rng, but: str = "") -> str:
+    return str(rng.choice([colour for colour in COLOURS if colour != but]))
+
+
+def _background(rng) -> tuple[int, int, int]:
+    return tuple(int(v) for v in rng.integers(200, 256, 3))
+
+
+def _somewhere(rng, shape: str, colour: str, radius: int, side: int = SIDE):
+    row, column = (int(v) for v in rng.integers(0, 3, 2))
+    return _in_cell(rng, shape, colour, radius, row, column, side), row, column
+
+
+def _in_cell(rng, shape, colour, radius, row: int, column: int, side: int = SIDE) -> Thing:
+    """Near the middle of a cell of a 3 x 3 grid."""
+    cell, play = side / 3, side // 16
+    dx, dy = rng.integers(-play, play + 1, 2)
+    x, y = (column + 0.5) * cell + dx, (row + 0.5) * cell + dy
+    return Thing(shape, colour, int(x), int(y), int(radius))
+
+
+def _picture(things: list[Thing], background, side: int = SIDE) -> Image.Image:
+    picture = Image.new("RGB", (side, side), background)
+    pen = ImageDraw.Draw(picture)
+    for thing in things:
+        x, y, r, fill = thing.x, thing.y, thing.radius, COLOURS[thing.colour]
+        if thing.shape == "circle":
+            pen.ellipse((x - r, y - r, x + r, y + r), fill)
+        elif thing.shape == "cross":
+            pen.rectangle((x - r, y - r // 3, x + r, y + r // 3), fill)
+            pen.rectangle((x - r // 3, y - r, x + r // 3, y + r), fill)
+        else:
+            pen.polygon([(x + r * px, y + r * py) for px, py in _CORNERS[thing.shape]], fill)
+    return picture
+
+
+def _star() -> list[tuple[float, float]]:
+    angles = np.arange(10) * np.pi / 5 - np.pi / 2
+    reach = np.where(np.arange(10) % 2, 0.45, 1.1)
+    return list(zip(reach * np.cos(angles), reach * np.sin(angles), strict=True))
+
+
+_CORNERS = {
+    "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
+    "triangle": [(0, -1), (1, 0.8), (-1, 0.8)],
+    "star": _star(),
+}
+
+
+@functools.cache
+def tokenizer() -> NeoTokenizer:
+    """A byte-level BPE like Qwen's, small, that has a token for each word used here."""
+    made = Tokenizer(models.BPE())
+    made.normalizer = normalizers.NFC()
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - len(NEO_TOKENS) - 2,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    texts = []
+    for kind in _LAYOUTS:
+        for number in range(200):
+            drawn = draw_record(kind, 0, number, is_held_out=False)
+            texts += [f"user\n{q.text}\nassistant\n{q.answer}" for q in drawn.questions]
+    header = "The time range of this video is [00:00-00:04], and the following is a series of 4 "
+    texts += [header + "frames sampled at 1.0 FPS.\n[00:01.00]:\n"] * 20
+    made.train_from_iterator(texts, trainer)
+    made.add_special_tokens([TURN_START, TURN_END, *NEO_TOKENS])
+    return NeoTokenizer(made, NAME)

@@ -1,0 +1,312 @@
+"""The training loop: all the input and output around `step.py`. Its order is fixed.
+
+    save ──▶ next batch ──▶ step ──▶ say what the step before has given
+
+The host is always one step ahead: it looks at a step's numbers only after the next was ordered.
+A run is resumed by starting it again; what follows is what would have followed.
+"""
+
+import dataclasses
+import json
+import math
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+import tqdm
+from etils import epath
+from jax.experimental import multihost_utils
+
+from neo_jax.batch import micro_batches
+from neo_jax.config import ModelConfig
+from neo_jax.data.mixture import Mixture
+from neo_jax.data.pipeline import TOO_LONG, batches, explain
+from neo_jax.data.tokenizer import NeoTokenizer
+from neo_jax.errors import InputError
+from neo_jax.sharding import batch_rows, data_shard
+from neo_jax.train import rules
+from neo_jax.train.checkpoint import Checkpoints
+from neo_jax.train.config import Config
+from neo_jax.train.metrics import Metrics, flops_per_batch, peak_flops
+from neo_jax.train.start import run_mesh, starting_point, write_run
+from neo_jax.train.step import State, make_evaluation, make_step, new_state
+
+MOST_EXPLAINED = 1000  # records that could not be used, of which the reason is written down
+LEAST_SEEN = 100  # records before their bad share is looked at
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """A run that ended."""
+
+    config: ModelConfig
+    tokenizer: NeoTokenizer
+    mesh: jax.sharding.Mesh
+    params: dict  # the average if one was kept
+    step: int
+    is_stopped: bool  # by SIGTERM, before its last step; start it again to go on
+
+
+def train(c: Config, say: Callable[[str], None] = tqdm.tqdm.write) -> Finished:
+    """Runs, or goes on with, the training that `c` describes.
+
+    Raises:
+      InputError: for settings, files or records that are wrong, and for a loss that is not finite.
+    """
+    if not c.workdir:
+        raise InputError("workdir: name a folder for the run, workdir=runs/mine")
+    workdir, mesh = epath.Path(c.workdir), run_mesh(c.mesh)
+    if c.data.rows % (c.micro_batches * batch_rows(mesh)):
+        raise InputError(
+            f"data.rows is {c.data.rows}: use a multiple of {c.micro_batches} micro-batches times "
+            f"{batch_rows(mesh)}, over which the mesh {dict(mesh.shape)} splits rows"
+        )
+    mixture = Mixture.parse(c.data.mixture)
+    model, tokenizer, params = starting_point(c, mesh)
+    write_run(c, model, tokenizer, mixture.fingerprint())
+    run = _Run(c, model, tokenizer, mesh, mixture, workdir, say)
+    with jax.set_mesh(mesh), _Terminated() as terminated:
+        state = run.first_state(params)
+        del params
+        with Checkpoints(workdir, c.keep, c.keep_every) as checkpoints:
+            state, is_stopped = run.go(state, checkpoints, terminated)
+        params = rules.merge(state.get("ema", state["trained"]), state["frozen"])
+    return Finished(model, tokenizer, mesh, params, int(state["step"]), is_stopped)
+
+
+class _Run:
+    """What stays the same through a run."""
+
+    def __init__(self, c: Config, model, tokenizer, mesh, mixture, workdir, say):
+        self.c, self.model, self.tokenizer, self.mesh = c, model, tokenizer, mesh
+        self.mixture, self.workdir, self.say = mixture, workdir, say
+        self.shard = data_shard(mesh)
+        self.counts: Counter = Counter()
+
+    def first_state(self, params: dict) -> State:
+        paths = tuple(rules.matching(params, self.c.trained))
+        dtype = self.model.dtype
+
+        def make(params):
+            state = new_state(self.c.optim, self.c.steps, params, paths)
+            frozen = jax.tree.map(lambda leaf: leaf.astype(dtype), state["frozen"])
+            return {**state, "frozen": frozen}
+
+        return jax.jit(make, donate_argnums=0)(params)
+
+    def go(self, state: State, checkpoints: Checkpoints, terminated) -> tuple[State, bool]:
+        c = self.c
+        data = iter(self._batches(self.mixture, c.seed, repeat=True))
+        if checkpoints.latest is not None:
+            state, counts = checkpoints.restore(state, data)
+            self.counts.update(counts)
+            self.say(f"going on from step {checkpoints.latest} of {self.workdir}")
+        first = int(state["step"])
+        step_fn = make_step(self.model, c.optim, c.steps, c.remat)
+        self._describe(state)
+        with (
+            Metrics(self.workdir, first) as metrics,
+            tqdm.tqdm(total=c.steps, initial=first, unit="step", disable=None) as bar,
+        ):
+            said = _Said(self, metrics, bar)
+            for step in range(first, c.steps):
+                stops = terminated(step)
+                if stops or (step > first and step % c.save_every == 0):
+                    said.look(step)  # so that nothing that is not finite is ever saved
+                    checkpoints.save(state, data, self.counts)
+                if stops:
+                    self.say(f"asked to stop: saved step {step}; start it again to go on")
+                    return state, True
+                self._profile(step)
+                waited = time.perf_counter()
+                batch = next(data)
+                waited = time.perf_counter() - waited
+                self._count(batch)
+                state, numbers = step_fn(state, micro_batches(batch, c.micro_batches, self.mesh))
+                said.look(step)
+                said.later(step, numbers, batch, waited)
+                if c.eval_every and (step + 1) % c.eval_every == 0:
+                    self._evaluate(state, metrics, step + 1)
+            said.look(c.steps)
+            self._profile(c.steps)
+            checkpoints.save(state, data, self.counts)
+            if first < c.steps and not (c.eval_every and c.steps % c.eval_every == 0):
+                self._evaluate(state, metrics, c.steps)
+        return state, False
+
+    def _batches(self, mixture: Mixture, seed: int, repeat: bool):
+        return batches(
+            self.c.data, mixture, self.tokenizer, seed=seed, shard=self.shard, repeat=repeat
+        )
+
+    def _describe(self, state: State) -> None:
+        sizes = [
+            sum(leaf.size for leaf in jax.tree.leaves(state[which]))
+            for which in ("trained", "frozen")
+        ]
+        self.say(
+            f"{sizes[0] / 1e6:.2f} M parameters are trained, {sizes[1] / 1e6:.2f} M are frozen; "
+            f"{len(self.mixture):,} records; mesh {dict(self.mesh.shape)} of "
+            f"{jax.devices()[0].device_kind}"
+        )
+
+    def _count(self, batch: Mapping[str, np.ndarray]) -> None:
+        """Counts records; writes down those that cannot be used; ends a run with too many."""
+        skipped = batch["skipped"][batch["skipped"][..., 0] > 0]
+        self.counts["records"] += int((batch["records"] > 0).sum()) + len(skipped)
+        for number, reason in skipped:
+            self.counts["too long" if reason == TOO_LONG else "bad"] += 1
+            if self.counts["too long"] + self.counts["bad"] <= MOST_EXPLAINED:
+                self._write_down(int(number) - 1, reason)
+        bad, seen = self.counts["bad"], self.counts["records"]
+        if seen >= LEAST_SEEN and bad > self.c.data.max_bad_share * seen:
+            raise InputError(
+                f"{bad} of {seen} records cannot be used, more than data.max_bad_share="
+                f"{self.c.data.max_bad_share} allows; the reasons are in {self._bad_file}"
+            )
+
+    @property
+    def _bad_file(self) -> epath.Path:
+        return self.workdir / f"bad_records_{jax.process_index()}.jsonl"
+
+    def _write_down(self, number: int, reason: int) -> None:
+        why = explain(self.mixture, self.tokenizer, self.c.data.limits(), number)
+        if reason != TOO_LONG:
+            self.say(f"left out: {why}")
+        with self._bad_file.open("a") as file:
+            kind = "too long" if reason == TOO_LONG else "bad"
+            file.write(json.dumps({"kind": kind, "why": why}) + "\n")
+
+    def _evaluate(self, state: State, metrics: Metrics, step: int) -> None:
+        """The loss on the first batches of what is held out: each time the same."""
+        if not self.c.held_out:
+            return
+        held_out = Mixture.parse(self.c.held_out)
+        data = iter(self._batches(held_out, seed=0, repeat=True))
+        evaluate, sums = make_evaluation(self.model), np.zeros(2)
+        for _ in range(self.c.eval_batches):
+            batch = micro_batches(next(data), 1, self.mesh)
+            sums += [float(part) for part in evaluate(state, batch)]
+        loss = float(sums[0] / max(sums[1], 1e-9))
+        metrics.write(step, {"held_out_loss": loss})
+        self.say(f"step {step}: held-out loss {loss:.4f}")
+
+    def _profile(self, step: int) -> None:
+        first, last = self.c.profile
+        if not last:
+            return
+        if step == first:
+            jax.profiler.start_trace(str(self.workdir / "profile"))
+        elif step == last + 1:
+            jax.profiler.stop_trace()
+            self.say(f"steps {first} to {last} are traced in {self.workdir / 'profile'}")
+
+
+class _Said:
+    """A step's numbers, looked at when the next step is on its way."""
+
+    def __init__(self, run: _Run, metrics: Metrics, bar: tqdm.tqdm):
+        self._run, self._metrics, self._bar = run, metrics, bar
+        self._waiting: list = []
+        self._since, self._steps = time.perf_counter(), 0
+        self._sums: Counter = Counter()
+
+    def later(self, step: int, numbers, batch: Mapping[str, np.ndarray], waited: float) -> None:
+        self._waiting.append((step, numbers, batch["records"]))
+        is_text = batch["segments"] > 0
+        self._sums.update(
+            tokens=int(is_text.sum()),
+            places=is_text.size,
+            supervised=int((batch["weights"] > 0).sum()),
+            patches=4 * int(batch["is_image"].sum()),
+            patch_places=batch["patches"].shape[0] * batch["patches"].shape[1],
+            images=_count_images(batch["is_image"]),
+            keys=_count_keys(batch),
+            waited=waited,
+        )
+
+    def look(self, upto: int) -> None:
+        """Reads the numbers of steps before `upto`."""
+        run = self._run
+        while self._waiting and self._waiting[0][0] < upto:
+            step, numbers, records = self._waiting.pop(0)
+            numbers = {name: float(value) for name, value in numbers.items()}
+            if not math.isfinite(numbers["loss"]) or not math.isfinite(numbers["grad_norm"]):
+                where = [run.mixture.where(int(number) - 1) for number in records[records > 0]]
+                raise InputError(
+                    f"step {step + 1}: loss is {numbers['loss']}, the gradient's norm "
+                    f"{numbers['grad_norm']}; nothing of it was saved. Its records: "
+                    + ", ".join(where[:100])
+                )
+            self._steps += 1
+            self._bar.update()
+            self._bar.set_postfix(loss=f"{numbers['loss']:.4f}", refresh=False)
+            if (step + 1) % run.c.log_every == 0 or step + 1 == run.c.steps:
+                self._write(step + 1, numbers)
+
+    def _write(self, step: int, numbers: dict[str, float]) -> None:
+        run, sums, now = self._run, self._sums, time.perf_counter()
+        seconds, shares = now - self._since, run.shard[1]
+        numbers |= {
+            "tokens_per_second": sums["tokens"] * shares / seconds,
+            "images_per_second": sums["images"] * shares / seconds,
+            "seconds_per_step": seconds / self._steps,
+            "token_fill": sums["tokens"] / sums["places"],
+            "patch_fill": sums["patches"] / max(sums["patch_places"], 1),
+            "data_wait_seconds": sums["waited"] / self._steps,
+            "records": run.counts["records"],
+            "records_bad": run.counts["bad"],
+            "records_too_long": run.counts["too long"],
+        }
+        if peak := peak_flops():
+            flops = flops_per_batch(run.model, sums["tokens"], sums["patches"], sums["keys"])
+            numbers["mfu"] = flops * shares / seconds / peak
+        self._metrics.write(step, numbers)
+        run.say(
+            f"step {step}: loss {numbers['loss']:.4f}, grad norm {numbers['grad_norm']:.3f}, "
+            f"lr {numbers['learning_rate']:.2e}, {numbers['tokens_per_second']:,.0f} tokens/s, "
+            f"{numbers['images_per_second']:.1f} images/s, fill {numbers['token_fill']:.0%}, "
+            f"waited {numbers['data_wait_seconds']:.3f} s"
+            + (f", MFU {numbers['mfu']:.1%}" if "mfu" in numbers else "")
+        )
+        self._since, self._steps, self._sums = now, 0, Counter()
+
+
+class _Terminated:
+    """Whether SIGTERM came, on any host: clouds send it before they take a machine away."""
+
+    def __init__(self):
+        self._is_asked = False
+
+    def __enter__(self) -> "_Terminated":
+        self._before = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def __exit__(self, *error) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+    def _ask(self, *_) -> None:
+        self._is_asked = True
+
+    def __call__(self, step: int) -> bool:
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._is_asked
+
+
+def _count_images(is_image: np.ndarray) -> int:
+    starts = is_image[:, 1:] & ~is_image[:, :-1]
+    return int(starts.sum() + is_image[:, 0].sum())
+
+
+def _count_keys(batch: Mapping[str, np.ndarray]) -> int:
+    """How many keys all tokens see together (`kernels/intervals.py`)."""
+    total = 0
+    for segments, t in zip(batch["segments"], batch["thw"][..., 0], strict=True):
+        for segment in np.unique(segments[segments > 0]):
+            of_document = t[segments == segment]
+            total += int(np.searchsorted(of_document, of_document, side="right").sum())
+    return total

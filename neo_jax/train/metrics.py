@@ -1,0 +1,96 @@
+"""What a run says of itself: a line now and then, `metrics.jsonl`, TensorBoard; FLOPs and MFU."""
+
+import json
+import math
+from collections.abc import Mapping
+
+import jax
+from etils import epath
+
+from neo_jax.config import PATCH_CHANNELS, ModelConfig
+from neo_jax.model.neo import abstract_params
+
+# Dense bfloat16 products per second of one device, by what `device_kind` starts with.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6": 918e12,
+    "TPU7x": 2307e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+class Metrics:
+    """Writes named numbers by step; only the first process does. A context manager.
+
+    Args:
+      resumed_at: lines of later steps, left by a run that was stopped, are dropped.
+    """
+
+    def __init__(self, workdir: epath.Path, resumed_at: int):
+        self._is_writer = jax.process_index() == 0
+        if not self._is_writer:
+            return
+        from tensorboardX import SummaryWriter
+
+        path = workdir / "metrics.jsonl"
+        kept = []
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines() if _is_whole(line)]
+            kept = [line for line in lines if json.loads(line)["step"] <= resumed_at]
+        path.write_text("".join(f"{line}\n" for line in kept))
+        self._file = path.open("a")
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resumed_at + 1)
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self._is_writer:
+            self._file.close()
+            self._board.close()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        if not self._is_writer:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+
+def flops_per_batch(c: ModelConfig, tokens: int, patches: int, keys: float) -> float:
+    """Products that one training step needs, forward and backward, counted as multiply and add.
+
+    Args:
+      tokens, patches: in the batch, without padding.
+      keys: that its tokens see, summed over tokens: what attention really needs.
+    """
+    flat = {
+        "/".join(entry.key for entry in path): math.prod(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(c))
+    }
+    per_patch = PATCH_CHANNELS * c.vision_hidden_size + c.vision_hidden_size * c.hidden_size
+    layers = sum(size for name, size in flat.items() if "/attention/" in name or "/mlp/" in name)
+    head = c.vocab_size * c.hidden_size
+    heads = c.num_layers * c.num_attention_heads * (c.qk_width + c.head_dim)
+    return 6 * (tokens * (layers + head) + patches * per_patch + keys * heads)
+
+
+def peak_flops() -> float | None:
+    """Of all devices together; None where it is not known."""
+    kind = jax.devices()[0].device_kind
+    known = [flops for name, flops in PEAK_FLOPS.items() if kind.startswith(name)]
+    # "TPU v5 lite" starts with "TPU v5" too: the smaller is the more precise name's.
+    return min(known) * jax.device_count() if known else None
+
+
+def _is_whole(line: str) -> bool:
+    try:
+        return "step" in json.loads(line)
+    except ValueError:
+        return False

@@ -1,0 +1,145 @@
+"""What a run starts from: model, tokenizer, parameters; and the files that describe it."""
+
+import dataclasses
+import json
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+
+from neo_jax.config import ModelConfig
+from neo_jax.data import shapes
+from neo_jax.data.tokenizer import NeoTokenizer
+from neo_jax.errors import InputError
+from neo_jax.model.neo import init_params
+from neo_jax.sharding import make_mesh
+from neo_jax.train.config import Config
+from neo_jax.weights.checkpoint import DESCRIPTION, describe
+from neo_jax.weights.directory import side_files
+from neo_jax.weights.load import load_params, side_directory
+
+# Settings that a run may be resumed with other values of: they do not change what is computed,
+# or only how far or how often.
+MAY_CHANGE = {
+    *("workdir", "mesh", "steps", "held_out", "log_every", "eval_every", "eval_batches"),
+    *("save_every", "keep", "keep_every", "profile", "remat"),
+}
+MAY_CHANGE_IN_DATA = {"workers", "max_bad_share"}
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
+RUN = "run.json"
+
+
+def run_mesh(sizes: tuple[int, int, int]) -> Mesh:
+    """The mesh of all devices; a size of -1 takes what the others leave."""
+    count, known = jax.device_count(), 1
+    for size in sizes:
+        known *= size if size != -1 else 1
+    if sizes.count(-1) > 1 or count % known:
+        raise InputError(f"mesh {sizes}: does not divide {count} devices; one size may be -1")
+    return make_mesh([count // known if size == -1 else size for size in sizes])
+
+
+def starting_point(c: Config, mesh: Mesh) -> tuple[ModelConfig, NeoTokenizer, dict]:
+    """The model, its tokenizer and its float32 parameters on the mesh.
+
+    Raises:
+      InputError: when there is nothing to start from, or it does not fit together.
+    """
+    if bool(c.start) == bool(c.model):
+        raise InputError("give either start=DIRECTORY, a checkpoint, or a config with a model")
+    if c.start:
+        model, params = load_params(c.start, "float32", mesh)
+        model = dataclasses.replace(model, dtype=c.dtype)
+        tokenizer = _tokenizer(c.tokenizer or str(side_directory(c.start)))
+    else:
+        model = dataclasses.replace(c.model, dtype=c.dtype)
+        tokenizer = _tokenizer(c.tokenizer)
+        with jax.set_mesh(mesh):
+            params = _new_params(model, c.seed, c.init_scale)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise InputError(
+            f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model "
+            f"{model.vocab_size} rows of embeddings"
+        )
+    return model, tokenizer, params
+
+
+def write_run(c: Config, model: ModelConfig, tokenizer: NeoTokenizer, data: str) -> None:
+    """Writes what the run is into its folder, or checks that it is the one that is there.
+
+    Args:
+      data: the fingerprint of what it is trained on.
+
+    Raises:
+      InputError: naming the settings that differ from those of the run to be resumed.
+    """
+    workdir = epath.Path(c.workdir)
+    settings = json.loads(json.dumps(dataclasses.asdict(c)))
+    path = workdir / RUN
+    if path.exists():
+        before = json.loads(path.read_text())
+        changed = _changes(before["config"], settings)
+        if before["data"] != data:
+            changed.append(f"the data: {before['data']} is now {data}")
+        if changed:
+            raise InputError(
+                f"{workdir} holds a run with other settings: "
+                + "; ".join(changed)
+                + ". Set them back, or use another workdir"
+            )
+        return
+    if jax.process_index():
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    for name, content in _side_files(c, tokenizer).items():
+        (workdir / name).write_text(content)
+    (workdir / DESCRIPTION).write_text(describe(model))
+    versions = {name: metadata.version(name) for name in PACKAGES}
+    versions["python"] = platform.python_version()
+    devices = f"{jax.device_count()} {jax.devices()[0].device_kind}"
+    content = {"config": settings, "data": data, "versions": versions, "devices": devices}
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _tokenizer(directory: str) -> NeoTokenizer:
+    if directory == shapes.NAME:
+        return shapes.tokenizer()
+    if not directory:
+        raise InputError("tokenizer: name a directory with a NEO tokenizer")
+    return NeoTokenizer.from_directory(directory)
+
+
+def _side_files(c: Config, tokenizer: NeoTokenizer) -> dict[str, str]:
+    """Tokenizer and configuration files, so that the run's folder is a whole checkpoint."""
+    directory = c.tokenizer or (str(side_directory(c.start)) if c.start else "")
+    if directory == shapes.NAME:
+        return {"tokenizer.json": tokenizer.to_json()}
+    return {p.name: p.read_text() for p in side_files(Path(directory)) if p.name != RUN}
+
+
+def _new_params(model: ModelConfig, seed: int, scale: float) -> dict:
+    def make(key):
+        params = init_params(model, key)
+        is_drawn = lambda path: path[0].key != "patch_embed" and "norm" not in path[-1].key  # noqa: E731
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: leaf * scale if is_drawn(path) else leaf, params
+        )
+
+    return jax.jit(make)(jax.random.key(seed))
+
+
+def _changes(before: dict, now: dict) -> list[str]:
+    def flat(config):
+        data = {f"data.{k}": v for k, v in config["data"].items() if k not in MAY_CHANGE_IN_DATA}
+        rest = {k: v for k, v in config.items() if k not in MAY_CHANGE and k != "data"}
+        return rest | data
+
+    before, now = flat(before), flat(now)
+    return [
+        f"{name} was {before.get(name)!r}, is now {now.get(name)!r}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]

@@ -1,0 +1,79 @@
+"""Trains a NEO: from nothing, from a grown Qwen3, or further.
+
+python train.py                                   a tiny model on drawn pictures, in minutes
+python train.py configs/neo_ov_2b_sft.py start=neo-2b data.mixture=a.jsonl,b.parquet workdir=runs/a
+python train.py configs/neo_ov_2b_sft.py --help   its settings
+"""
+
+import argparse
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+DEFAULT = Path(__file__).parent / "configs" / "tiny_shapes.py"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "config", nargs="?", default=str(DEFAULT), help="a file with get_config() -> Config"
+    )
+    parser.add_argument("settings", nargs="*", help="such as optim.peak_lr=1e-5")
+    parser.add_argument("--show", action="store_true", help="print the settings and end")
+    args = parser.parse_args(argv)
+    if "=" in args.config and not args.config.endswith(".py"):
+        args.config, args.settings = str(DEFAULT), [args.config, *args.settings]
+
+    import jax
+
+    from neo_jax.errors import InputError
+    from neo_jax.train.config import override, to_json
+    from neo_jax.train.loop import train
+
+    try:
+        module = _load(args.config)
+        config = override(module.get_config(), args.settings)
+        if args.show:
+            print(to_json(config))
+            return 0
+        if _is_pod():
+            jax.distributed.initialize()
+        finished = train(config)
+        if finished.is_stopped:
+            return 143  # as a process that SIGTERM ended, so that launchers start it again
+        if hasattr(module, "after"):
+            module.after(config, finished)
+        return 0
+    except InputError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+
+
+def _load(path: str):
+    from neo_jax.errors import InputError
+
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such config; there are {_known()}")
+    spec = importlib.util.spec_from_file_location("config", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise InputError(f"{path}: has no get_config()")
+    return module
+
+
+def _known() -> str:
+    return ", ".join(sorted(str(path) for path in DEFAULT.parent.glob("*_*.py")))
+
+
+def _is_pod() -> bool:
+    """Whether this process is one of several, as clouds and launchers say."""
+    workers = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
+    return len(workers) > 1 or "JAX_COORDINATOR_ADDRESS" in os.environ
+
+
+if __name__ == "__main__":
+    sys.exit(main())
