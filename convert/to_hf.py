@@ -5,8 +5,9 @@ import sys
 
 from convert import command
 from neo_jax.errors import InputError
-from neo_jax.weights.checkpoint import find_checkpoint, num_bytes, open_params
-from neo_jax.weights.export import write_published
+from neo_jax.weights.checkpoint import Checkpoint, find_checkpoint, num_bytes, open_params
+from neo_jax.weights.export import save_hf, write_published
+from neo_jax.weights.load import load_params
 
 EXAMPLE = "neo-2b NEO-2B-mine --shard-size 5GB"
 
@@ -18,6 +19,9 @@ def main(argv: list[str] | None = None) -> int:
         choices=("bf16", "bfloat16", "f32", "float32"),
         help="of the written tensors; default: as stored",
     )
+    parser.add_argument(
+        "--merge-lora", action="store_true", help="work a LoRA run's factors into its base"
+    )
     parser.add_argument("--shard-size", type=command.byte_size, default="5GB", metavar="SIZE")
     return command.main("convert.to_hf", run, parser.parse_args(argv))
 
@@ -26,6 +30,8 @@ def run(args: argparse.Namespace) -> None:
     checkpoint = find_checkpoint(args.source)
     if checkpoint is None:
         raise InputError(f"{args.source}: no checkpoint of ours there (a directory with params)")
+    if args.merge_lora or checkpoint.lora:
+        return merge(args, checkpoint)
     c, stores = checkpoint.config, open_params(checkpoint)
     dtype = {"bf16": "bfloat16", "f32": "float32"}.get(args.dtype, args.dtype)
     dtype = dtype or stores["embed",].dtype.name
@@ -44,6 +50,29 @@ def run(args: argparse.Namespace) -> None:
             c,
             read,
             dtype,
+            shard_size=args.shard_size,
+            side_files=checkpoint.directory,
+            overwrite=args.overwrite,
+            say=command.say,
+            wrote=bar.update,
+        )
+    print(f"wrote {args.target}")
+
+
+def merge(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
+    """In memory, unlike the rest: every matrix changes."""
+    if not checkpoint.lora:
+        raise InputError(f"{args.source}: not a LoRA run; export it without --merge-lora")
+    if not args.merge_lora:
+        raise InputError(f"{args.source}: a LoRA run: add --merge-lora to work it into its base")
+    dtype = {"bf16": "bfloat16", "f32": "float32"}.get(args.dtype, args.dtype)
+    c, params = load_params(args.source, "float32", None)
+    with command.progress(num_bytes(c, dtype or "bfloat16"), "export") as bar:
+        save_hf(
+            params,
+            c,
+            args.target,
+            dtype=dtype or "bfloat16",
             shard_size=args.shard_size,
             side_files=checkpoint.directory,
             overwrite=args.overwrite,

@@ -43,7 +43,8 @@ SHAPES = ("circle", "square", "triangle", "star", "cross")
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
 WAYS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 SEEN_FROM = {"left": "left", "right": "right", "up": "above", "down": "below"}
-SIDE, SMALL_SIDE = 128, 64  # pixels of a picture, and of a frame or one of two pictures
+SIDE, FRAME_SIDE = 96, 64  # pixels of a picture, and of a frame of a video
+CELL = SIDE // 3  # pictures are laid out on a 3 x 3 grid of visual tokens, not quite exactly
 
 
 class Thing(NamedTuple):
@@ -85,7 +86,8 @@ def kinds() -> list[str]:
 
 
 def _one(rng):
-    thing, row, column = _somewhere(rng, _shape(rng), _colour(rng), rng.integers(14, 27))
+    row, column = (int(v) for v in rng.integers(0, 3, 2))
+    thing = _in_cell(rng, _shape(rng), _colour(rng), row, column)
     background = _background(rng)
     place = f"{ROWS[row]} {COLUMNS[column]}"
     caption = f"a {thing.colour} {thing.shape}, {place}"
@@ -99,8 +101,8 @@ def _one(rng):
 
 
 def _digit(rng):
-    digit, colour, size = int(rng.integers(10)), _colour(rng), int(rng.integers(56, 89))
-    x, y = (int(v) for v in rng.integers(48, 81, 2))
+    digit, colour, size = int(rng.integers(10)), _colour(rng), int(rng.integers(28, 34))
+    x, y = (int(v) for v in rng.integers(0, 3, 2) * CELL + CELL // 2 + rng.integers(-2, 3, 2))
     background = _background(rng)
 
     def make():
@@ -117,7 +119,7 @@ def _count(rng):
     number, shape, colour = int(rng.integers(1, 7)), _shape(rng), _colour(rng)
     background = _background(rng)
     cells = rng.permutation(9)[:number]
-    things = [_in_cell(rng, shape, colour, rng.integers(11, 17), *divmod(int(c), 3)) for c in cells]
+    things = [_in_cell(rng, shape, colour, *divmod(int(cell), 3)) for cell in cells]
     questions = [
         Question("count", "How many things are there?", str(number)),
         Question("colour", "What colour are they?", colour),
@@ -134,7 +136,7 @@ def _two(rng):
     places = [far, near] if sum(WAYS[way]) > 0 else [near, far]
     background = _background(rng)
     things = [
-        _in_cell(rng, shape, colour, rng.integers(13, 19), *((line, p) if across else (p, line)))
+        _in_cell(rng, shape, colour, *((line, p) if across else (p, line)))
         for shape, colour, p in zip(shapes, colours, places, strict=True)
     ]
     first, second = shapes
@@ -149,8 +151,8 @@ def _two(rng):
 
 
 def _change(rng):
-    radius = rng.integers(9, 13)
-    before, row, column = _somewhere(rng, _shape(rng), _colour(rng), radius, SMALL_SIDE)
+    cell = int(rng.integers(9))
+    before = _in_cell(rng, _shape(rng), _colour(rng), *divmod(cell, 3))
     what = ("the colour", "the shape", "the place", "nothing")[rng.integers(4)]
     background, after = _background(rng), before
     if what == "the colour":
@@ -158,12 +160,11 @@ def _change(rng):
     elif what == "the shape":
         after = before._replace(shape=_shape(rng, but=before.shape))
     elif what == "the place":
-        cells = [cell for cell in range(9) if cell != 3 * row + column]
-        cell = divmod(int(rng.choice(cells)), 3)
-        after = _in_cell(rng, before.shape, before.colour, before.radius, *cell, SMALL_SIDE)
+        other = int(rng.choice([place for place in range(9) if place != cell]))
+        after = _in_cell(rng, before.shape, before.colour, *divmod(other, 3))
 
     def make():
-        pictures = [_picture([thing], background, SMALL_SIDE) for thing in (before, after)]
+        pictures = [_picture([thing], background) for thing in (before, after)]
         return Drawn(pictures, [Question("change", "What changed?", what)])
 
     return (before, after, background), make
@@ -180,7 +181,7 @@ def _motion(rng):
     ]
 
     def make():
-        pictures = [_picture([thing], background, SMALL_SIDE) for thing in frames]
+        pictures = [_picture([thing], background, FRAME_SIDE) for thing in frames]
         return Drawn(pictures, [Question("motion", "Which way does it move?", way)], is_video=True)
 
     return (frames, background), make
@@ -208,17 +209,10 @@ def _background(rng) -> tuple[int, int, int]:
     return tuple(int(v) for v in rng.integers(200, 256, 3))
 
 
-def _somewhere(rng, shape: str, colour: str, radius: int, side: int = SIDE):
-    row, column = (int(v) for v in rng.integers(0, 3, 2))
-    return _in_cell(rng, shape, colour, radius, row, column, side), row, column
-
-
-def _in_cell(rng, shape, colour, radius, row: int, column: int, side: int = SIDE) -> Thing:
-    """Near the middle of a cell of a 3 x 3 grid."""
-    cell, play = side / 3, side // 16
-    dx, dy = rng.integers(-play, play + 1, 2)
-    x, y = (column + 0.5) * cell + dx, (row + 0.5) * cell + dy
-    return Thing(shape, colour, int(x), int(y), int(radius))
+def _in_cell(rng, shape: str, colour: str, row: int, column: int) -> Thing:
+    """Near the middle of a cell."""
+    x, y = (int(v) for v in np.array((column, row)) * CELL + CELL // 2 + rng.integers(-3, 4, 2))
+    return Thing(shape, colour, x, y, int(rng.integers(10, 15)))
 
 
 def _picture(things: list[Thing], background, side: int = SIDE) -> Image.Image:

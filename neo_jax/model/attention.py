@@ -53,7 +53,9 @@ class Attention(nnx.Module):
         b, t, n, h = z_btnh.shape
         z_bti = z_btnh.reshape(b, t, n * h, out_sharding=spec("batch", None, "heads"))
         out = spec("batch", None, None)
-        return layers.einsum("bti,id->btd", z_bti, _joined(self.o_nhd[...]), out=out), carried
+        return layers.einsum(
+            "bti,id->btd", z_bti, _joined(layers.whole(self.o_nhd, z_btnh.dtype)), out=out
+        ), carried
 
     def heads(self, x_btd: jax.Array, rotary: Rotary) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Normed and rotated queries [B, T, N, J] and keys [B, T, K, J]; values [B, T, K, H]."""

@@ -20,7 +20,11 @@ from neo_jax.train.optimizer import OptimConfig
 class LoraConfig:
     rank: int = 0  # 0: no LoRA
     alpha: float = 16.0  # the product of the two factors is scaled by alpha / rank
-    targets: tuple[str, ...] = (r"(pre_buffer|post_llm)/attention/[qkv]_.*|.*/o_nhd",)  # path rules
+    targets: tuple[str, ...] = (r".*/attention/[qkvo]_[a-z_]*[a-z]{3}",)  # path rules
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,12 +7,13 @@ A run is resumed by starting it again; what follows is what would have followed.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -26,6 +27,7 @@ from neo_jax.data.mixture import Mixture
 from neo_jax.data.pipeline import TOO_LONG, batches, explain
 from neo_jax.data.tokenizer import NeoTokenizer
 from neo_jax.errors import InputError
+from neo_jax.model import lora
 from neo_jax.sharding import batch_rows, data_shard
 from neo_jax.train import rules
 from neo_jax.train.checkpoint import Checkpoints
@@ -66,15 +68,15 @@ def train(c: Config, say: Callable[[str], None] = tqdm.tqdm.write) -> Finished:
         )
     mixture = Mixture.parse(c.data.mixture)
     model, tokenizer, params = starting_point(c, mesh)
-    write_run(c, model, tokenizer, mixture.fingerprint())
+    paths = rules.matching(params, c.lora.targets if c.lora.rank else c.trained)
+    write_run(c, model, tokenizer, mixture.fingerprint(), paths)
     run = _Run(c, model, tokenizer, mesh, mixture, workdir, say)
     with jax.set_mesh(mesh), _Terminated() as terminated:
-        state = run.first_state(params)
+        state = run.first_state(params, paths)
         del params
-        with Checkpoints(workdir, c.keep, c.keep_every) as checkpoints:
+        with Checkpoints(workdir, c.keep, c.keep_every, c.lora.rank > 0) as checkpoints:
             state, is_stopped = run.go(state, checkpoints, terminated)
-        params = rules.merge(state.get("ema", state["trained"]), state["frozen"])
-    return Finished(model, tokenizer, mesh, params, int(state["step"]), is_stopped)
+        return Finished(model, tokenizer, mesh, run.params(state), int(state["step"]), is_stopped)
 
 
 class _Run:
@@ -85,17 +87,32 @@ class _Run:
         self.mixture, self.workdir, self.say = mixture, workdir, say
         self.shard = data_shard(mesh)
         self.counts: Counter = Counter()
+        self.join = rules.merge
+        if c.lora.rank:
+            self.join = functools.partial(_adapted, scale=c.lora.scale)
 
-    def first_state(self, params: dict) -> State:
-        paths = tuple(rules.matching(params, self.c.trained))
-        dtype = self.model.dtype
+    def first_state(self, params: dict, paths: Sequence[str]) -> State:
+        c = self.c
 
         def make(params):
-            state = new_state(self.c.optim, self.c.steps, params, paths)
-            frozen = jax.tree.map(lambda leaf: leaf.astype(dtype), state["frozen"])
-            return {**state, "frozen": frozen}
+            if c.lora.rank:
+                key = jax.random.key(c.seed)
+                trained, frozen = lora.new_factors(params, paths, c.lora.rank, key), params
+            else:
+                trained, frozen = rules.split(params, paths)
+            frozen = jax.tree.map(lambda leaf: leaf.astype(self.model.dtype), frozen)
+            return new_state(c.optim, c.steps, trained, frozen)
 
         return jax.jit(make, donate_argnums=0)(params)
+
+    def params(self, state: State) -> dict:
+        """The model's parameters as trained: the average, if one is kept."""
+        trained = state.get("ema", state["trained"])
+        if self.c.lora.rank:
+            return jax.jit(lora.merged, static_argnums=2)(
+                state["frozen"], trained, self.c.lora.scale
+            )
+        return rules.merge(trained, state["frozen"])
 
     def go(self, state: State, checkpoints: Checkpoints, terminated) -> tuple[State, bool]:
         c = self.c
@@ -105,7 +122,7 @@ class _Run:
             self.counts.update(counts)
             self.say(f"going on from step {checkpoints.latest} of {self.workdir}")
         first = int(state["step"])
-        step_fn = make_step(self.model, c.optim, c.steps, c.remat)
+        step_fn = make_step(self.model, c.optim, c.steps, c.remat, self.join)
         self._describe(state)
         with (
             Metrics(self.workdir, first) as metrics,
@@ -186,7 +203,7 @@ class _Run:
             return
         held_out = Mixture.parse(self.c.held_out)
         data = iter(self._batches(held_out, seed=0, repeat=True))
-        evaluate, sums = make_evaluation(self.model), np.zeros(2)
+        evaluate, sums = make_evaluation(self.model, self.join), np.zeros(2)
         for _ in range(self.c.eval_batches):
             batch = micro_batches(next(data), 1, self.mesh)
             sums += [float(part) for part in evaluate(state, batch)]
@@ -295,6 +312,10 @@ class _Terminated:
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._is_asked
+
+
+def _adapted(factors: dict, params: dict, scale: float) -> dict:
+    return lora.adapted(params, factors, scale)
 
 
 def _count_images(is_image: np.ndarray) -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import platform
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -50,6 +51,8 @@ def starting_point(c: Config, mesh: Mesh) -> tuple[ModelConfig, NeoTokenizer, di
     """
     if bool(c.start) == bool(c.model):
         raise InputError("give either start=DIRECTORY, a checkpoint, or a config with a model")
+    if c.lora.rank and not c.start:
+        raise InputError("lora changes a model that is there: give start=DIRECTORY")
     if c.start:
         model, params = load_params(c.start, "float32", mesh)
         model = dataclasses.replace(model, dtype=c.dtype)
@@ -67,11 +70,14 @@ def starting_point(c: Config, mesh: Mesh) -> tuple[ModelConfig, NeoTokenizer, di
     return model, tokenizer, params
 
 
-def write_run(c: Config, model: ModelConfig, tokenizer: NeoTokenizer, data: str) -> None:
+def write_run(
+    c: Config, model: ModelConfig, tokenizer: NeoTokenizer, data: str, paths: Sequence[str]
+) -> None:
     """Writes what the run is into its folder, or checks that it is the one that is there.
 
     Args:
       data: the fingerprint of what it is trained on.
+      paths: of the parameters that are trained, or with LoRA changed.
 
     Raises:
       InputError: naming the settings that differ from those of the run to be resumed.
@@ -96,7 +102,11 @@ def write_run(c: Config, model: ModelConfig, tokenizer: NeoTokenizer, data: str)
     workdir.mkdir(parents=True, exist_ok=True)
     for name, content in _side_files(c, tokenizer).items():
         (workdir / name).write_text(content)
-    (workdir / DESCRIPTION).write_text(describe(model))
+    lora = None
+    if c.lora.rank:
+        base = str(Path(c.start).absolute())
+        lora = {"base": base, "paths": paths, "rank": c.lora.rank, "scale": c.lora.scale}
+    (workdir / DESCRIPTION).write_text(describe(model, lora))
     versions = {name: metadata.version(name) for name in PACKAGES}
     versions["python"] = platform.python_version()
     devices = f"{jax.device_count()} {jax.devices()[0].device_kind}"
@@ -117,7 +127,7 @@ def _side_files(c: Config, tokenizer: NeoTokenizer) -> dict[str, str]:
     directory = c.tokenizer or (str(side_directory(c.start)) if c.start else "")
     if directory == shapes.NAME:
         return {"tokenizer.json": tokenizer.to_json()}
-    return {p.name: p.read_text() for p in side_files(Path(directory)) if p.name != RUN}
+    return {path.name: path.read_text() for path in side_files(Path(directory))}
 
 
 def _new_params(model: ModelConfig, seed: int, scale: float) -> dict:

@@ -5,7 +5,7 @@ The state is a dict: `trained` (float32 masters) and `frozen` parameters, two tr
 average of the trained parameters is kept. Only trained parameters have gradients and moments.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,11 @@ from neo_jax.train.optimizer import OptimConfig, learning_rate, make_optimizer
 
 State = dict
 Metrics = dict[str, jax.Array]
+Join = Callable[[dict, dict], dict]  # trained and frozen to the model's parameters
 
 
-def new_state(o: OptimConfig, steps: int, params: dict, trained_paths: Sequence[str]) -> State:
+def new_state(o: OptimConfig, steps: int, trained: dict, frozen: dict) -> State:
     """The state before the first step. Run it under jit: it then makes everything in its place."""
-    trained, frozen = rules.split(params, trained_paths)
     trained = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), trained)
     state = {"trained": trained, "frozen": frozen, "step": jnp.zeros((), jnp.int32)}
     state["opt"] = make_optimizer(o, steps).init(trained)
@@ -33,7 +33,7 @@ def new_state(o: OptimConfig, steps: int, params: dict, trained_paths: Sequence[
 
 
 def make_step(
-    c: ModelConfig, o: OptimConfig, steps: int, remat: str
+    c: ModelConfig, o: OptimConfig, steps: int, remat: str, join: Join = rules.merge
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """The step, jitted; it takes over the state it is given.
 
@@ -49,7 +49,7 @@ def make_step(
         batch = {**batch, "weights": weights / jnp.maximum(jnp.sum(weights), 1e-9)}
 
         def loss_fn(trained, micro_batch):
-            return loss_of(c, rules.merge(trained, frozen), micro_batch, remat)
+            return loss_of(c, join(trained, frozen), micro_batch, remat)
 
         loss, gradients = _summed(jax.value_and_grad(loss_fn), trained, batch)
         updates, opt = optimizer.update(gradients, state["opt"], trained)
@@ -65,11 +65,13 @@ def make_step(
     return jax.jit(step, donate_argnums=0)
 
 
-def make_evaluation(c: ModelConfig) -> Callable[[State, Batch], tuple[jax.Array, jax.Array]]:
+def make_evaluation(
+    c: ModelConfig, join: Join = rules.merge
+) -> Callable[[State, Batch], tuple[jax.Array, jax.Array]]:
     """Sums of weights * cross-entropy and of weights over a batch of one micro-batch, jitted."""
 
     def evaluate(state: State, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        params = rules.merge(state.get("ema", state["trained"]), state["frozen"])
+        params = join(state.get("ema", state["trained"]), state["frozen"])
         batch = jax.tree.map(lambda array: array[0], dict(batch))
         return loss_of(c, params, batch), jnp.sum(batch["weights"])
 

@@ -41,6 +41,7 @@ class Checkpoint:
     config: ModelConfig
     params: Path  # the Orbax tree
     directory: Path  # of the description, the tokenizer and so on
+    lora: dict | None = None  # of a run that trained factors: `describe`
 
 
 def find_checkpoint(path: str | Path, dtype: str | None = None) -> Checkpoint | None:
@@ -67,13 +68,20 @@ def find_checkpoint(path: str | Path, dtype: str | None = None) -> Checkpoint | 
         return None
     for directory in (base, *list(base.absolute().parents)[:2]):
         if (directory / DESCRIPTION).exists():
-            return Checkpoint(_read_config(directory, dtype), base / "params", directory)
+            config, lora = _read_description(directory, dtype)
+            return Checkpoint(config, base / "params", directory, lora)
     raise InputError(f"{path}: has params but no {DESCRIPTION} that says of what model")
 
 
-def describe(c: ModelConfig) -> str:
-    """The content of `neo_jax.json`."""
-    return json.dumps({"format": FORMAT, "model": dataclasses.asdict(c)}, indent=2) + "\n"
+def describe(c: ModelConfig, lora: dict | None = None) -> str:
+    """The content of `neo_jax.json`.
+
+    Args:
+      lora: where `params` holds low-rank factors: "base", the directory of the model they change;
+        "paths" of the changed parameters; "rank" and "scale".
+    """
+    content = {"format": FORMAT, "model": dataclasses.asdict(c)} | ({"lora": lora} if lora else {})
+    return json.dumps(content, indent=2) + "\n"
 
 
 def write_checkpoint(
@@ -188,7 +196,7 @@ def num_bytes(c: ModelConfig, dtype: str) -> int:
     return sum(math.prod(leaf.shape) for leaf in leaves) * jnp.dtype(dtype).itemsize
 
 
-def _read_config(directory: Path, dtype: str | None) -> ModelConfig:
+def _read_description(directory: Path, dtype: str | None) -> tuple[ModelConfig, dict | None]:
     path = directory / DESCRIPTION
     content = read_json(path)
     if content.get("format") != FORMAT:
@@ -197,4 +205,4 @@ def _read_config(directory: Path, dtype: str | None) -> ModelConfig:
         c = ModelConfig(**content["model"])
     except (TypeError, KeyError) as error:
         raise InputError(f"{path}: {error}") from error
-    return c if dtype is None else dataclasses.replace(c, dtype=dtype)
+    return c if dtype is None else dataclasses.replace(c, dtype=dtype), content.get("lora")

@@ -14,6 +14,7 @@ from typing import IO
 from neo_jax.errors import InputError
 
 _SIDE_SUFFIXES = {".json", ".txt", ".jinja", ".py", ".md"}
+_OF_A_RUN = {"run.json", "held_out.json"}
 
 
 def read_json(path: Path) -> dict:
@@ -96,6 +97,7 @@ def side_files(source: Path) -> list[Path]:
         if path.is_file()
         and path.suffix in _SIDE_SUFFIXES
         and not path.name.endswith(".index.json")
+        and path.name not in _OF_A_RUN
     ]
 
 

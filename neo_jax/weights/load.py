@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
-from jax.sharding import Mesh
+import jax
+from jax.sharding import Mesh, NamedSharding
 
 from neo_jax.config import ModelConfig
 from neo_jax.errors import InputError
-from neo_jax.weights.checkpoint import find_checkpoint, load_checkpoint
+from neo_jax.model import lora
+from neo_jax.weights.checkpoint import DESCRIPTION, Checkpoint, find_checkpoint, load_checkpoint
+from neo_jax.weights.orbax_files import read_tree
 from neo_jax.weights.published import load_published
 
 
@@ -44,6 +47,42 @@ def load_params(
     if weights not in (None, "int8"):
         raise InputError(f"weights {weights!r}: use 'int8', or None for those of the checkpoint")
     checkpoint = find_checkpoint(path, dtype)
+    if checkpoint and checkpoint.lora:
+        return _with_factors(checkpoint, dtype, mesh, weights)
     if checkpoint:
         return load_checkpoint(checkpoint, dtype, mesh, weights)
     return load_published(path, dtype, mesh, weights)
+
+
+def _with_factors(
+    checkpoint: Checkpoint, dtype: str, mesh: Mesh | None, weights: str | None
+) -> tuple[ModelConfig, dict]:
+    """The model that a LoRA run started from, with the run's factors worked in."""
+    about = checkpoint.lora
+    if weights:
+        raise InputError(
+            f"{checkpoint.directory}: weights={weights!r} needs a whole model: write one first, "
+            "with convert.to_hf --merge-lora"
+        )
+    if not Path(about["base"]).is_dir():
+        raise InputError(
+            f"{checkpoint.directory / DESCRIPTION}: its base {about['base']} is not there: "
+            "say there where it is now"
+        )
+    _, params = load_params(about["base"], dtype, mesh)
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
+
+    def make(params):
+        key = jax.random.key(0)
+        return lora.new_factors(params, about["paths"], about["rank"], key)
+
+    with jax.set_mesh(mesh):
+        target = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, leaf.sharding.spec)
+            ),
+            jax.eval_shape(make, params),
+        )
+        factors = read_tree(checkpoint.params, target)
+        merge = jax.jit(lora.merged, static_argnums=2, donate_argnums=0)
+        return checkpoint.config, merge(params, factors, about["scale"])
