@@ -5,6 +5,7 @@ python infer.py batch --model DIR in.jsonl out.jsonl
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -21,6 +22,12 @@ def main(argv: list[str] | None = None) -> int:
     except neo_jax.InputError as error:
         print(f"infer.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("infer.py: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # who read the answer has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -50,6 +50,9 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("train.py: interrupted; run it again to go on from the last save", file=sys.stderr)
+        return 130
 
 
 def _load(path: str):

@@ -1,4 +1,4 @@
-"""MT of NEO-ov 2B, from a checkpoint of the stage before: give start=, data.mixture= and workdir=."""
+"""MT of NEO-ov 2B: give start=, data.mixture= and workdir= (`configs/stages.py`)."""
 
 from configs.models import NEO_OV_2B
 from configs.stages import mid_training

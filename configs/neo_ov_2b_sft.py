@@ -1,4 +1,4 @@
-"""SFT of NEO-ov 2B, from a checkpoint of the stage before: give start=, data.mixture= and workdir=."""
+"""SFT of NEO-ov 2B: give start=, data.mixture= and workdir= (`configs/stages.py`)."""
 
 from configs.models import NEO_OV_2B
 from configs.stages import fine_tuning

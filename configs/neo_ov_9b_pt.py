@@ -1,4 +1,4 @@
-"""PT of NEO-ov 9B, from a grown Qwen3 (convert.from_qwen3): give start=, data.mixture= and workdir=."""
+"""PT of NEO-ov 9B: give start=, data.mixture= and workdir= (`configs/stages.py`)."""
 
 from configs.models import NEO_OV_9B
 from configs.stages import pre_training

@@ -8,6 +8,7 @@ from conftest import GOLDEN, load_case
 import infer
 
 MODEL = str(GOLDEN / "generate/hf")
+HUGE = ("--min-pixels", "10000000000", "--max-pixels", "10000000000")
 IMAGE = str(GOLDEN / "generate/images/image_0.png")
 
 
@@ -27,6 +28,7 @@ def test_ask_prints_the_answer(capsys):
         (["--model", MODEL, "--image", "/absent.jpg"], "image /absent.jpg: no such file"),
         (["--model", MODEL, "--image", IMAGE, "--image", IMAGE], "1 <image> marks, but 2 images"),
         (["--model", MODEL, "--max-new-tokens", "50000"], "context of 40960"),
+        (["--model", MODEL, "--image", IMAGE, *HUGE], "more than the context of 40960"),
     ],
 )
 def test_bad_input_gives_one_line_and_code_2(arguments, said, capsys):

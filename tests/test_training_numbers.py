@@ -172,12 +172,9 @@ def test_the_loss_in_chunks_is_the_loss_of_all_logits(tied, monkeypatch):
 
 
 def test_no_program_holds_the_logits_of_a_whole_batch():
-    neo, batch = load_case("packed_train"), packed(rows=4)
+    neo, batch = load_case("packed_train"), packed(rows=128)
     with jax.set_mesh(neo.mesh):
-        placed = {name: array[0] for name, array in micro_batches(batch, 1, neo.mesh).items()}
-        many = {
-            name: jnp.tile(array, (32,) + (1,) * (array.ndim - 1)) for name, array in placed.items()
-        }
+        many = {name: array[0] for name, array in micro_batches(batch, 1, neo.mesh).items()}
         lowered = jax.jit(lambda p, b: jax.grad(lambda p: loss_of(neo.config, p, b))(p)).lower(
             neo.params, many
         )
@@ -188,16 +185,18 @@ def test_no_program_holds_the_logits_of_a_whole_batch():
     assert tokens * vocab not in sizes
 
 
-def optimized(mesh, micro=1, batch=None, o=None, trained=ALL, steps=3, total=4, remat="none"):
+@functools.cache
+def optimized(mesh, micro=1, rows=8, o=None, trained=ALL, steps=3, total=4, remat="none"):
     """Losses and the state after some steps on one batch."""
     neo = load_case("packed_train", mesh)
-    o = o or OptimConfig(peak_lr=1e-3, min_lr_ratio=1.0, weight_decay=0.05)
+    # A large eps: else Adam makes a step of the noise where a gradient is next to nothing.
+    o = o or OptimConfig(peak_lr=1e-3, min_lr_ratio=1.0, weight_decay=0.05, eps=1e-4)
     losses, norms = [], []
     with jax.set_mesh(neo.mesh):
         paths = rules.matching(neo.params, trained)
         state = jax.jit(lambda params: new_state(o, total, *rules.split(params, paths)))(neo.params)
         step = make_step(neo.config, o, total, remat)
-        placed = micro_batches(packed(rows=8) if batch is None else batch, micro, neo.mesh)
+        placed = micro_batches(packed(rows=rows), micro, neo.mesh)
         for _ in range(steps):
             state, metrics = step(state, placed)
             losses.append(float(metrics["loss"]))
@@ -210,7 +209,7 @@ def test_the_official_optimizer_steps():
     wanted = read_json("packed_train", "train_steps.json")
     by_name = (r".*attention/[qk]_norm_t", r".*(attention|mlp|final)_norm", r".*_bias_[a-z]")
     o = OptimConfig(peak_lr=1e-3, min_lr_ratio=1.0, weight_decay=0.05, not_decayed=by_name)
-    losses, norms, state = optimized((1, 1, 1), batch=packed(), o=o, steps=4)
+    losses, norms, state = optimized((1, 1, 1), rows=1, o=o, steps=4)
     pairs = wanted["loss_and_grad_norm_per_step"]
     np.testing.assert_allclose(losses, [loss for loss, _ in pairs], atol=1e-4)
     np.testing.assert_allclose(norms, [norm for _, norm in pairs], rtol=1e-3)
@@ -232,8 +231,10 @@ def test_steps_are_the_same_on_every_mesh(mesh):
     one, other = optimized(MESHES[0]), optimized(mesh)
     np.testing.assert_allclose(other[0], one[0], rtol=1e-5)
     np.testing.assert_allclose(other[1], one[1], rtol=1e-4)
-    for (name, a), (_, b) in zip(_leaves(one[2]), _leaves(other[2]), strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-4, err_msg=name)
+    for (name, a), (_, b) in zip(
+        _leaves(one[2]["trained"]), _leaves(other[2]["trained"]), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-5, err_msg=name)
 
 
 def test_micro_batches_and_remat_change_nothing():

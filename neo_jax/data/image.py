@@ -19,6 +19,17 @@ ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray
 
 MAX_ASPECT_RATIO = 200
 
+# Of all that Pillow reads: no format whose reader starts another program, as PostScript's does.
+Image.init()
+FORMATS = tuple(
+    name
+    for name in (
+        *("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF"),
+        "WEBP",
+    )
+    if name in Image.OPEN
+)
+
 
 def smart_resize(
     height: int,
@@ -72,11 +83,11 @@ def open_rgb(source: ImageSource, *, flatten: bool = True) -> Image.Image:
         elif isinstance(source, np.ndarray):
             image = Image.fromarray(source)
         elif isinstance(source, bytes):
-            image = Image.open(io.BytesIO(source))
+            image = Image.open(io.BytesIO(source), formats=FORMATS)
         elif os.path.exists(source) and not os.path.isfile(source):
             raise OSError("not a file")  # a pipe would block for ever
         else:
-            image = Image.open(source)
+            image = Image.open(source, formats=FORMATS)
         if image.mode == "RGBA" and flatten:
             return _flattened(image)
         return image.convert("RGB")

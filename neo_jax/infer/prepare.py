@@ -11,7 +11,7 @@ from concurrent.futures import Future
 import numpy as np
 from PIL import Image
 
-from neo_jax.config import PATCH_CHANNELS, ModelConfig
+from neo_jax.config import IMAGE_FACTOR, PATCH_CHANNELS, ModelConfig
 from neo_jax.data.chat import chat_prompt, expand_images
 from neo_jax.data.example import Example, make_example
 from neo_jax.data.image import ImageSource, patchify, resized_pixels
@@ -66,6 +66,13 @@ class Preparer:
         return self._prompt(prompt, pictures)
 
     def _picture(self, image: ImageSource, low: int, high: int) -> Picture:
+        context = self._config.max_position_embeddings
+        if low > context * IMAGE_FACTOR**2:  # before gigabytes are made of it
+            raise InputError(
+                f"min_pixels {low} gives {low // IMAGE_FACTOR**2} visual tokens, more than the "
+                f"context of {context}"
+            )
+
         def make() -> Picture:
             return _cut(resized_pixels(image, low, high))
 
