@@ -12,12 +12,12 @@ from neo_jax.errors import InputError
 # come first: what binds a colour to one of two things is learnt only after colours and shapes are.
 CURRICULA: Mapping[str, tuple[tuple[int, Mapping[str, float]], ...]] = {
     "short": (
-        (16_000, {"one": 8, "digit": 1, "count": 1}),
-        (0, {"one": 5, "digit": 3, "count": 4, "two": 2, "change": 1, "motion": 1}),
+        (8_000, {"one": 8, "digit": 1, "count": 1}),
+        (0, {"one": 3, "digit": 4, "count": 3, "two": 5, "change": 2, "motion": 1}),
     ),
     "long": (
-        (16_000, {"one": 8, "digit": 1, "count": 1}),
-        (60_000, {"one": 3, "digit": 2, "count": 3, "two": 6}),
+        (8_000, {"one": 8, "digit": 1, "count": 1}),
+        (60_000, {"one": 3, "digit": 4, "count": 3, "two": 6}),
         (0, {"one": 1, "digit": 1, "count": 1, "two": 8, "change": 2, "motion": 2}),
     ),
 }

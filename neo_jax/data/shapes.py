@@ -32,14 +32,14 @@ NAME = "shapes"  # of the source and its tokenizer
 VOCABULARY = 768
 
 COLOURS = {
-    "red": (220, 40, 40),
-    "green": (40, 160, 60),
-    "blue": (40, 80, 220),
-    "yellow": (240, 200, 30),
-    "purple": (150, 50, 180),
-    "black": (20, 20, 20),
+    "red": (240, 40, 40),
+    "green": (40, 220, 60),
+    "blue": (50, 70, 250),
+    "yellow": (250, 230, 40),
+    "white": (250, 250, 250),
+    "black": (10, 10, 10),
 }
-SHAPES = ("circle", "square", "triangle", "star", "cross")
+SHAPES = ("ring", "square", "triangle", "star", "cross")
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
 WAYS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 SEEN_FROM = {"left": "left", "right": "right", "up": "above", "down": "below"}
@@ -206,13 +206,13 @@ def _colour(rng, but: str = "") -> str:
 
 
 def _background(rng) -> tuple[int, int, int]:
-    return tuple(int(v) for v in rng.integers(200, 256, 3))
+    return tuple(int(v) for v in np.array((124, 116, 104)) + rng.integers(-12, 13, 3))
 
 
 def _in_cell(rng, shape: str, colour: str, row: int, column: int) -> Thing:
     """Near the middle of a cell."""
-    x, y = (int(v) for v in np.array((column, row)) * CELL + CELL // 2 + rng.integers(-3, 4, 2))
-    return Thing(shape, colour, x, y, int(rng.integers(10, 15)))
+    x, y = (int(v) for v in np.array((column, row)) * CELL + CELL // 2 + rng.integers(-2, 3, 2))
+    return Thing(shape, colour, x, y, int(rng.integers(12, 16)))
 
 
 def _picture(things: list[Thing], background, side: int = SIDE) -> Image.Image:
@@ -220,8 +220,8 @@ def _picture(things: list[Thing], background, side: int = SIDE) -> Image.Image:
     pen = ImageDraw.Draw(picture)
     for thing in things:
         x, y, r, fill = thing.x, thing.y, thing.radius, COLOURS[thing.colour]
-        if thing.shape == "circle":
-            pen.ellipse((x - r, y - r, x + r, y + r), fill)
+        if thing.shape == "ring":
+            pen.ellipse((x - r, y - r, x + r, y + r), outline=fill, width=max(3, r // 3))
         elif thing.shape == "cross":
             pen.rectangle((x - r, y - r // 3, x + r, y + r // 3), fill)
             pen.rectangle((x - r // 3, y - r, x + r // 3, y + r), fill)

@@ -49,7 +49,7 @@ def ask_held_out(neo: Pipeline, per_kind: int) -> list[Asked]:
                 requests.append(_request(record, record.pictures, question))
                 blanks = [blank(picture) for picture in record.pictures]
                 blind.append(_request(record, blanks, question))
-    results = neo.generate([*requests, *blind], slots=16, max_length=512)
+    results = neo.generate([*requests, *blind], slots=16, max_length=512, prefill_budget=512)
     answers = [result.text for result in results]
     return [
         Asked(question.kind, tuple(pictures), question.text, question.answer, seen, unseen)
