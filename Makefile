@@ -7,8 +7,8 @@ READY := $(VENV)/.ready
 .PHONY: demo test lint clean
 
 demo: $(READY)
-	$(BIN)/python -m benchmarks.random_checkpoint .demo/tiny --size tiny --overwrite
-	$(BIN)/python infer.py ask --model .demo/tiny --image docs/demo.png --max-new-tokens 16 "What is this?"
+	$(BIN)/python train.py workdir=.demo/tiny_shapes
+	$(BIN)/python infer.py ask --model .demo/tiny_shapes --dtype float32 --image .demo/tiny_shapes/example.png "What shape is it?"
 
 test: $(READY)
 	$(BIN)/python -m pytest

@@ -55,6 +55,7 @@ class ModelConfig:
     dtype: str = "bfloat16"  # matrix products; norms, angles, softmax, logits stay float32
 
     def __post_init__(self):
+        _check_types(self)
         if self.qk_layout not in QK_LAYOUTS:
             raise InputError(f"qk_layout {self.qk_layout!r} is not one of {QK_LAYOUTS}")
         if self.dtype not in ("float32", "bfloat16"):
@@ -115,7 +116,10 @@ class ModelConfig:
         depth = reader.get("llm_config", "num_hidden_layers")
         heads = reader.get("llm_config", "num_attention_heads")
         extra = reader.get("llm_config", "extra_num_layers", None)
-        if extra is None and None not in (hidden, intermediate, depth):
+        if extra is not None and type(extra) is not int:
+            reader.problems.append(f"llm_config.extra_num_layers is {extra!r}: not a number")
+            extra = None
+        elif extra is None and None not in (hidden, intermediate, depth):
             if (hidden, intermediate) in QWEN3_DEPTH:
                 extra = depth - QWEN3_DEPTH[hidden, intermediate]
             else:
@@ -228,6 +232,22 @@ class ModelConfig:
         }
 
 
+def _check_types(c: ModelConfig) -> None:
+    problems = []
+    for field in dataclasses.fields(c):
+        value, kind = getattr(c, field.name), field.type
+        least = 0 if field.name == "num_pre_buffer_layers" else 1
+        is_right = {
+            int: type(value) is int and value >= least,
+            float: type(value) in (int, float) and value > 0,
+        }.get(kind, type(value) is kind)
+        if not is_right:
+            wanted = {int: f"an integer, {least} or more", float: "a number above 0"}
+            problems.append(f"{field.name} is {value!r}: use {wanted.get(kind, kind.__name__)}")
+    if problems:
+        raise InputError("; ".join(problems))
+
+
 _REQUIRED = object()
 
 
@@ -248,6 +268,10 @@ class _Reader:
         value = fields.get(name)
         if isinstance(value, list) and len(value) == 1:
             value = value[0]
+        is_number = default is _REQUIRED or type(default) in (int, float)
+        if value is not None and is_number and type(value) not in (int, float):
+            self.problems.append(f"{section}.{name} is {value!r}: not a number")
+            return None
         if value is not None:
             return value
         if default is _REQUIRED:

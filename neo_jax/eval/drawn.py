@@ -38,7 +38,7 @@ class Asked:
 
 def ask_held_out(neo: Pipeline, per_kind: int) -> list[Asked]:
     """Asks the same questions, `per_kind` of each, about held-out pictures and blank ones."""
-    drawn, requests, blind = [], [], []
+    drawn, requests, blind, blind_place = [], [], [], {}
     for picture_kind in shapes.kinds():
         for number in range(per_kind):
             record = shapes.draw_record(picture_kind, SEED, number, is_held_out=True)
@@ -47,15 +47,16 @@ def ask_held_out(neo: Pipeline, per_kind: int) -> list[Asked]:
             for question in wanted:
                 drawn.append((question, record.pictures))
                 requests.append(_request(record, record.pictures, question))
-                blanks = [blank(picture) for picture in record.pictures]
-                blind.append(_request(record, blanks, question))
-    results = neo.generate([*requests, *blind], slots=16, max_length=512, prefill_budget=512)
-    answers = [result.text for result in results]
+                if question.text not in blind_place:  # blank pictures are all alike
+                    blind_place[question.text] = len(blind)
+                    blanks = [blank(picture) for picture in record.pictures]
+                    blind.append(_request(record, blanks, question))
+    options = {"slots": 16, "max_length": 512, "prefill_budget": 256, "reuse_prefixes": False}
+    answers = [result.text for result in neo.generate([*requests, *blind], **options)]
+    seen, unseen = answers[: len(drawn)], answers[len(drawn) :]
     return [
-        Asked(question.kind, tuple(pictures), question.text, question.answer, seen, unseen)
-        for (question, pictures), seen, unseen in zip(
-            drawn, answers[: len(drawn)], answers[len(drawn) :], strict=True
-        )
+        Asked(q.kind, tuple(pictures), q.text, q.answer, answer, unseen[blind_place[q.text]])
+        for (q, pictures), answer in zip(drawn, seen, strict=True)
     ]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 
 from neo_jax.batch import to_device
 from neo_jax.config import PATCH_CHANNELS, ModelConfig
@@ -25,7 +25,7 @@ from neo_jax.infer.request import Request, Result
 from neo_jax.infer.sampling import Sampling
 from neo_jax.infer.shapes import bucket
 from neo_jax.model.neo import bind
-from neo_jax.sharding import make_mesh
+from neo_jax.sharding import MESH_AXES, make_mesh
 from neo_jax.weights.load import load_params, side_directory
 
 
@@ -105,7 +105,7 @@ class Pipeline:
     def chat(
         self,
         question: str,
-        images: Sequence[ImageSource] = (),
+        images: Sequence[ImageSource] | ImageSource | None = (),
         *,
         video: VideoSource | None = None,
         history: Sequence[tuple[str, str]] | None = None,
@@ -121,7 +121,7 @@ class Pipeline:
         Args:
           question: with an `<image>` mark where each picture belongs, or without any: then the
             one picture goes in front. A video always goes in front.
-          images: paths, encoded bytes, Pillow images or [H, W, 3] uint8 arrays.
+          images: paths, encoded bytes, Pillow images or [H, W, 3] uint8 arrays; or one of them.
           video: a file, a folder of pictures or a list of pictures; `video_options` are the
             arguments of `data.video.load_video`, such as num_frames or fps.
           history: earlier (question, answer) turns; their marks take the first images.
@@ -135,6 +135,8 @@ class Pipeline:
           InputError: for an unreadable picture, marks that do not match the pictures, a setting
             out of range, or a prompt that with its answer exceeds the model's context.
         """
+        if images is None or isinstance(images, ImageSource):
+            images = () if images is None else (images,)
         request = Request(
             prompt=question,
             images=images,
@@ -233,6 +235,13 @@ def load(
     tokenizer = NeoTokenizer.from_directory(side_directory(path))  # before gigabytes are read
     if mesh is not None and not isinstance(mesh, Mesh):
         mesh = make_mesh(mesh)
+    elif mesh is not None and (
+        mesh.axis_names != MESH_AXES or set(mesh.axis_types) != {AxisType.Explicit}
+    ):
+        raise InputError(
+            f"mesh {mesh}: give its sizes instead, such as (1, 1, 8), or a mesh of Explicit axes "
+            f"{MESH_AXES}, as jax.make_mesh makes"
+        )
     config, params = load_params(path, dtype, mesh, weights)
     if tokenizer.vocab_size > config.vocab_size:
         raise InputError(

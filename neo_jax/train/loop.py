@@ -9,7 +9,6 @@ A run is resumed by starting it again; what follows is what would have followed.
 import dataclasses
 import functools
 import json
-import math
 import signal
 import time
 from collections import Counter
@@ -32,7 +31,8 @@ from neo_jax.sharding import batch_rows, data_shard
 from neo_jax.train import rules
 from neo_jax.train.checkpoint import Checkpoints
 from neo_jax.train.config import Config
-from neo_jax.train.metrics import Metrics, flops_per_batch, peak_flops
+from neo_jax.train.metrics import Metrics
+from neo_jax.train.progress import Progress
 from neo_jax.train.start import run_mesh, starting_point, write_run
 from neo_jax.train.step import State, make_evaluation, make_step, new_state
 
@@ -128,11 +128,13 @@ class _Run:
             Metrics(self.workdir, first) as metrics,
             tqdm.tqdm(total=c.steps, initial=first, unit="step", disable=None) as bar,
         ):
-            said = _Said(self, metrics, bar)
+            progress = Progress(
+                c, self.model, self.mixture, self.counts, self.shard[1], metrics, bar, self.say
+            )
             for step in range(first, c.steps):
                 stops = terminated(step)
                 if stops or (step > first and step % c.save_every == 0):
-                    said.look(step)  # so that nothing that is not finite is ever saved
+                    progress.look(step)  # so that nothing that is not finite is ever saved
                     checkpoints.save(state, data, self.counts)
                 if stops:
                     self.say(f"asked to stop: saved step {step}; start it again to go on")
@@ -143,11 +145,11 @@ class _Run:
                 waited = time.perf_counter() - waited
                 self._count(batch)
                 state, numbers = step_fn(state, micro_batches(batch, c.micro_batches, self.mesh))
-                said.look(step)
-                said.later(step, numbers, batch, waited)
+                progress.look(step)
+                progress.later(step, numbers, batch, waited)
                 if c.eval_every and (step + 1) % c.eval_every == 0:
                     self._evaluate(state, metrics, step + 1)
-            said.look(c.steps)
+            progress.look(c.steps)
             self._profile(c.steps)
             checkpoints.save(state, data, self.counts)
             if first < c.steps and not (c.eval_every and c.steps % c.eval_every == 0):
@@ -222,76 +224,6 @@ class _Run:
             self.say(f"steps {first} to {last} are traced in {self.workdir / 'profile'}")
 
 
-class _Said:
-    """A step's numbers, looked at when the next step is on its way."""
-
-    def __init__(self, run: _Run, metrics: Metrics, bar: tqdm.tqdm):
-        self._run, self._metrics, self._bar = run, metrics, bar
-        self._waiting: list = []
-        self._since, self._steps = time.perf_counter(), 0
-        self._sums: Counter = Counter()
-
-    def later(self, step: int, numbers, batch: Mapping[str, np.ndarray], waited: float) -> None:
-        self._waiting.append((step, numbers, batch["records"]))
-        is_text = batch["segments"] > 0
-        self._sums.update(
-            tokens=int(is_text.sum()),
-            places=is_text.size,
-            supervised=int((batch["weights"] > 0).sum()),
-            patches=4 * int(batch["is_image"].sum()),
-            patch_places=batch["patches"].shape[0] * batch["patches"].shape[1],
-            images=_count_images(batch["is_image"]),
-            keys=_count_keys(batch),
-            waited=waited,
-        )
-
-    def look(self, upto: int) -> None:
-        """Reads the numbers of steps before `upto`."""
-        run = self._run
-        while self._waiting and self._waiting[0][0] < upto:
-            step, numbers, records = self._waiting.pop(0)
-            numbers = {name: float(value) for name, value in numbers.items()}
-            if not math.isfinite(numbers["loss"]) or not math.isfinite(numbers["grad_norm"]):
-                where = [run.mixture.where(int(number) - 1) for number in records[records > 0]]
-                raise InputError(
-                    f"step {step + 1}: loss is {numbers['loss']}, the gradient's norm "
-                    f"{numbers['grad_norm']}; nothing of it was saved. Its records: "
-                    + ", ".join(where[:100])
-                )
-            self._steps += 1
-            self._bar.update()
-            self._bar.set_postfix(loss=f"{numbers['loss']:.4f}", refresh=False)
-            if (step + 1) % run.c.log_every == 0 or step + 1 == run.c.steps:
-                self._write(step + 1, numbers)
-
-    def _write(self, step: int, numbers: dict[str, float]) -> None:
-        run, sums, now = self._run, self._sums, time.perf_counter()
-        seconds, shares = now - self._since, run.shard[1]
-        numbers |= {
-            "tokens_per_second": sums["tokens"] * shares / seconds,
-            "images_per_second": sums["images"] * shares / seconds,
-            "seconds_per_step": seconds / self._steps,
-            "token_fill": sums["tokens"] / sums["places"],
-            "patch_fill": sums["patches"] / max(sums["patch_places"], 1),
-            "data_wait_seconds": sums["waited"] / self._steps,
-            "records": run.counts["records"],
-            "records_bad": run.counts["bad"],
-            "records_too_long": run.counts["too long"],
-        }
-        if peak := peak_flops():
-            flops = flops_per_batch(run.model, sums["tokens"], sums["patches"], sums["keys"])
-            numbers["mfu"] = flops * shares / seconds / peak
-        self._metrics.write(step, numbers)
-        run.say(
-            f"step {step}: loss {numbers['loss']:.4f}, grad norm {numbers['grad_norm']:.3f}, "
-            f"lr {numbers['learning_rate']:.2e}, {numbers['tokens_per_second']:,.0f} tokens/s, "
-            f"{numbers['images_per_second']:.1f} images/s, fill {numbers['token_fill']:.0%}, "
-            f"waited {numbers['data_wait_seconds']:.3f} s"
-            + (f", MFU {numbers['mfu']:.1%}" if "mfu" in numbers else "")
-        )
-        self._since, self._steps, self._sums = now, 0, Counter()
-
-
 class _Terminated:
     """Whether SIGTERM came, on any host: clouds send it before they take a machine away."""
 
@@ -316,18 +248,3 @@ class _Terminated:
 
 def _adapted(factors: dict, params: dict, scale: float) -> dict:
     return lora.adapted(params, factors, scale)
-
-
-def _count_images(is_image: np.ndarray) -> int:
-    starts = is_image[:, 1:] & ~is_image[:, :-1]
-    return int(starts.sum() + is_image[:, 0].sum())
-
-
-def _count_keys(batch: Mapping[str, np.ndarray]) -> int:
-    """How many keys all tokens see together (`kernels/intervals.py`)."""
-    total = 0
-    for segments, t in zip(batch["segments"], batch["thw"][..., 0], strict=True):
-        for segment in np.unique(segments[segments > 0]):
-            of_document = t[segments == segment]
-            total += int(np.searchsorted(of_document, of_document, side="right").sum())
-    return total

@@ -117,9 +117,13 @@ def _read_index(directory: Path) -> dict[str, str]:
         return {}
     try:
         weight_map = json.loads(path.read_text())["weight_map"]
-        return {str(key): str(name) for key, name in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        names = {str(key): str(name) for key, name in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise InputError(f"{path}: not an index of safetensors: {error!r}") from error
+    for name in names.values():
+        if Path(name).name != name:
+            raise InputError(f"{path}: {name!r} is not the name of a file beside it")
+    return names
 
 
 def _single_file(directory: Path) -> list[str]:

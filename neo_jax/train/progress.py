@@ -1,0 +1,127 @@
+"""How a run goes: loss, speed, fill of rows, use of the hardware."""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+import tqdm
+
+from neo_jax.config import ModelConfig
+from neo_jax.data.mixture import Mixture
+from neo_jax.errors import InputError
+from neo_jax.train.config import Config
+from neo_jax.train.metrics import Metrics, flops_per_batch, peak_flops
+
+
+class Progress:
+    """A run's numbers, each step's looked at when the next step is on its way.
+
+    Args:
+      counts: of records so far, which the run keeps up to date.
+      share_count: processes that feed different records.
+    """
+
+    def __init__(
+        self,
+        c: Config,
+        model: ModelConfig,
+        mixture: Mixture,
+        counts: Mapping[str, int],
+        share_count: int,
+        metrics: Metrics,
+        bar: tqdm.tqdm,
+        say: Callable[[str], None],
+    ):
+        self._c, self._model, self._mixture, self._counts = c, model, mixture, counts
+        self._share_count, self._metrics, self._bar, self._say = share_count, metrics, bar, say
+        self._waiting: list = []
+        self._since, self._steps = time.perf_counter(), 0
+        self._sums: Counter = Counter()
+
+    def later(
+        self,
+        step: int,
+        numbers: Mapping[str, jax.Array],
+        batch: Mapping[str, np.ndarray],
+        waited: float,
+    ) -> None:
+        """Takes what a step will give, the host's batch, and the seconds waited for that."""
+        self._waiting.append((step, numbers, batch["records"]))
+        is_text = batch["segments"] > 0
+        self._sums.update(
+            tokens=int(is_text.sum()),
+            places=is_text.size,
+            supervised=int((batch["weights"] > 0).sum()),
+            patches=4 * int(batch["is_image"].sum()),
+            patch_places=batch["patches"].shape[0] * batch["patches"].shape[1],
+            images=_count_images(batch["is_image"]),
+            keys=_count_keys(batch),
+            waited=waited,
+        )
+
+    def look(self, upto: int) -> None:
+        """Reads the numbers of steps before `upto`.
+
+        Raises:
+          InputError: for a loss or gradient that is not finite, naming its records.
+        """
+        while self._waiting and self._waiting[0][0] < upto:
+            step, numbers, records = self._waiting.pop(0)
+            numbers = {name: float(value) for name, value in numbers.items()}
+            if not math.isfinite(numbers["loss"]) or not math.isfinite(numbers["grad_norm"]):
+                where = [self._mixture.where(int(number) - 1) for number in records[records > 0]]
+                raise InputError(
+                    f"step {step + 1}: loss is {numbers['loss']}, the gradient's norm "
+                    f"{numbers['grad_norm']}; nothing of it was saved. Its records: "
+                    + ", ".join(where[:100])
+                )
+            self._steps += 1
+            self._bar.update()
+            self._bar.set_postfix(loss=f"{numbers['loss']:.4f}", refresh=False)
+            if (step + 1) % self._c.log_every == 0 or step + 1 == self._c.steps:
+                self._write(step + 1, numbers)
+
+    def _write(self, step: int, numbers: dict[str, float]) -> None:
+        sums, now = self._sums, time.perf_counter()
+        seconds, shares = now - self._since, self._share_count
+        numbers |= {
+            "tokens_per_second": sums["tokens"] * shares / seconds,
+            "images_per_second": sums["images"] * shares / seconds,
+            "seconds_per_step": seconds / self._steps,
+            "token_fill": sums["tokens"] / sums["places"],
+            "patch_fill": sums["patches"] / max(sums["patch_places"], 1),
+            "data_wait_seconds": sums["waited"] / self._steps,
+            "records": self._counts["records"],
+            "records_bad": self._counts["bad"],
+            "records_too_long": self._counts["too long"],
+        }
+        if peak := peak_flops():
+            flops = flops_per_batch(self._model, sums["tokens"], sums["patches"], sums["keys"])
+            numbers["mfu"] = flops * shares / seconds / peak
+        self._metrics.write(step, numbers)
+        self._say(
+            f"step {step}: loss {numbers['loss']:.4f}, grad norm {numbers['grad_norm']:.3f}, "
+            f"lr {numbers['learning_rate']:.2e}, {numbers['tokens_per_second']:,.0f} tokens/s, "
+            f"{numbers['images_per_second']:.1f} images/s, fill {numbers['token_fill']:.0%}, "
+            f"waited {numbers['data_wait_seconds']:.3f} s"
+            + (f", MFU {numbers['mfu']:.1%}" if "mfu" in numbers else "")
+        )
+        self._since, self._steps, self._sums = now, 0, Counter()
+
+
+def _count_images(is_image: np.ndarray) -> int:
+    starts = is_image[:, 1:] & ~is_image[:, :-1]
+    return int(starts.sum() + is_image[:, 0].sum())
+
+
+def _count_keys(batch: Mapping[str, np.ndarray]) -> int:
+    """How many keys all tokens see together (`kernels/intervals.py`)."""
+    total = 0
+    for segments, t in zip(batch["segments"], batch["thw"][..., 0], strict=True):
+        for segment in np.unique(segments[segments > 0]):
+            of_document = t[segments == segment]
+            total += int(np.searchsorted(of_document, of_document, side="right").sum())
+    return total
