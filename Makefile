@@ -11,7 +11,7 @@ demo: $(READY)
 	$(BIN)/python infer.py ask --model .demo/tiny_shapes --dtype float32 --image .demo/tiny_shapes/example.png "What shape is it?"
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

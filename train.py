@@ -27,8 +27,6 @@ def main(argv: list[str] | None = None) -> int:
     if "=" in args.config and not args.config.endswith(".py"):
         args.config, args.settings = str(DEFAULT), [args.config, *args.settings]
 
-    import jax
-
     from neo_jax.errors import InputError
     from neo_jax.train.config import override, to_json
     from neo_jax.train.loop import train
@@ -39,8 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.show:
             print(to_json(config))
             return 0
-        if _is_pod():
-            jax.distributed.initialize()
+        _join_pod()
         finished = train(config)
         if finished.is_stopped:
             return 143  # as a process that SIGTERM ended, so that launchers start it again
@@ -72,10 +69,16 @@ def _known() -> str:
     return ", ".join(sorted(str(path) for path in DEFAULT.parent.glob("*_*.py")))
 
 
-def _is_pod() -> bool:
-    """Whether this process is one of several, as clouds and launchers say."""
-    workers = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
-    return len(workers) > 1 or "JAX_COORDINATOR_ADDRESS" in os.environ
+def _join_pod() -> None:
+    """Joins the other processes, if this is one of several: on a pod, or as the variables say."""
+    import jax
+
+    say = os.environ.get
+    if address := say("JAX_COORDINATOR_ADDRESS"):
+        count, number = (int(say(f"JAX_{name}", -1)) for name in ("NUM_PROCESSES", "PROCESS_ID"))
+        jax.distributed.initialize(address, count, number)
+    elif "," in say("TPU_WORKER_HOSTNAMES", "") or say("MEGASCALE_COORDINATOR_ADDRESS"):
+        jax.distributed.initialize()  # it asks the cloud
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,15 +14,19 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import GOLDEN, raises
+from conftest import GOLDEN, load_case, raises
 
 import neo_jax
 import train as command
 from convert import to_hf
-from neo_jax.data.pipeline import DataConfig
+from neo_jax.batch import micro_batches
+from neo_jax.data.mixture import Mixture
+from neo_jax.data.pipeline import DataConfig, batches
+from neo_jax.train import rules
 from neo_jax.train.config import Config, LoraConfig, override, to_json
 from neo_jax.train.loop import train
 from neo_jax.train.optimizer import OptimConfig
+from neo_jax.train.step import make_step, new_state
 
 ROOT = Path(__file__).parents[1]
 CASE = GOLDEN / "packed_train"
@@ -134,9 +139,14 @@ def test_records_that_cannot_be_used_are_left_out_counted_and_named(tmp_path):
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
     shutil.copytree(CASE / "images", tmp_path / "images")
     data = dataclasses.replace(CONFIG.data, mixture=str(tmp_path / "data.jsonl"), max_bad_share=0.5)
+    held_out = str(CASE / "data.jsonl")
     config = dataclasses.replace(CONFIG, data=data, workdir=str(tmp_path / "run"), steps=3)
+    config = dataclasses.replace(config, held_out=held_out, eval_batches=2, profile=(1, 1))
     train(config)
-    row = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    *_, row, last = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    assert last["step"] == 3
+    assert 0 < last["held_out_loss"] < 8
+    assert list((tmp_path / "run/profile").rglob("*.xplane.pb"))
     assert 0.2 < row["records_bad"] / row["records"] < 0.45
     reasons = (tmp_path / "run/bad_records_0.jsonl").read_text()
     assert f"{tmp_path}/data.jsonl:5" in reasons
@@ -238,3 +248,57 @@ def test_the_command_says_what_is_wrong(tmp_path, capsys):
         assert said in capsys.readouterr().err
     assert command.main(["--show", "steps=77"]) == 0
     assert '"steps": 77' in capsys.readouterr().out
+
+
+POD = """
+import sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+import dataclasses
+def get_config():
+    import test_training_runs
+    jax.config.update("jax_num_cpu_devices", 4)
+    return dataclasses.replace(test_training_runs.CONFIG, mesh=(2, 2, 2), steps=4, keep=1)
+"""
+
+
+def test_two_hosts_train_as_one(tmp_path):
+    """Each feeds its half of the rows; a single process that has all of them finds the same."""
+    script, workdir = tmp_path / "config.py", tmp_path / "run"
+    script.write_text(POD.format(root=str(ROOT), tests=str(ROOT / "tests")))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    line = [sys.executable, str(ROOT / "train.py"), str(script), f"workdir={workdir}"]
+    settings = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    hosts = [
+        subprocess.Popen(line, env=os.environ | settings | {"JAX_PROCESS_ID": str(number)})
+        for number in range(2)
+    ]
+    assert [host.wait(timeout=400) for host in hosts] == [0, 0]
+    neo = load_case("packed_train", (2, 2, 2))
+    halves = [
+        iter(
+            batches(
+                CONFIG.data, Mixture.parse(CONFIG.data.mixture), neo.tokenizer, seed=0, shard=shard
+            )
+        )
+        for shard in ((0, 2), (1, 2))
+    ]
+    with jax.set_mesh(neo.mesh):
+        paths = rules.matching(neo.params, (".*",))
+        start = jax.jit(lambda p: new_state(CONFIG.optim, 4, *rules.split(p, paths)))
+        state, found = start(neo.params), {}
+        step = make_step(neo.config, CONFIG.optim, 4, "none")
+        for number in range(1, 5):
+            parts = [next(half) for half in halves]
+            whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            state, metrics = step(state, micro_batches(whole, 1, neo.mesh))
+            found[number] = float(metrics["loss"])
+    assert losses(workdir) == pytest.approx(found, rel=1e-5)
+    saved = neo_jax.load(workdir, dtype="float32", mesh=(1, 1, 1)).params
+    for a, b in zip(jax.tree.leaves(saved), jax.tree.leaves(state["trained"]), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)

@@ -31,7 +31,7 @@ from neo_jax.sharding import batch_rows, data_shard
 from neo_jax.train import rules
 from neo_jax.train.checkpoint import Checkpoints
 from neo_jax.train.config import Config
-from neo_jax.train.metrics import Metrics
+from neo_jax.train.metrics import Metrics, append_line
 from neo_jax.train.progress import Progress
 from neo_jax.train.start import run_mesh, starting_point, write_run
 from neo_jax.train.step import State, make_evaluation, make_step, new_state
@@ -60,6 +60,8 @@ def train(c: Config, say: Callable[[str], None] = tqdm.tqdm.write) -> Finished:
     """
     if not c.workdir:
         raise InputError("workdir: name a folder for the run, workdir=runs/mine")
+    if jax.process_index():  # one voice is enough
+        say = _say_nothing
     workdir, mesh = epath.Path(c.workdir), run_mesh(c.mesh)
     if c.data.rows % (c.micro_batches * batch_rows(mesh)):
         raise InputError(
@@ -90,6 +92,8 @@ class _Run:
         self.join = rules.merge
         if c.lora.rank:
             self.join = functools.partial(_adapted, scale=c.lora.scale)
+        self.evaluation = make_evaluation(model, self.join)
+        self._is_tracing = False
 
     def first_state(self, params: dict, paths: Sequence[str]) -> State:
         c = self.c
@@ -195,9 +199,8 @@ class _Run:
         why = explain(self.mixture, self.tokenizer, self.c.data.limits(), number)
         if reason != TOO_LONG:
             self.say(f"left out: {why}")
-        with self._bad_file.open("a") as file:
-            kind = "too long" if reason == TOO_LONG else "bad"
-            file.write(json.dumps({"kind": kind, "why": why}) + "\n")
+        kind = "too long" if reason == TOO_LONG else "bad"
+        append_line(self._bad_file, json.dumps({"kind": kind, "why": why}))
 
     def _evaluate(self, state: State, metrics: Metrics, step: int) -> None:
         """The loss on the first batches of what is held out: each time the same."""
@@ -205,22 +208,22 @@ class _Run:
             return
         held_out = Mixture.parse(self.c.held_out)
         data = iter(self._batches(held_out, seed=0, repeat=True))
-        evaluate, sums = make_evaluation(self.model, self.join), np.zeros(2)
+        sums = np.zeros(2)
         for _ in range(self.c.eval_batches):
             batch = micro_batches(next(data), 1, self.mesh)
-            sums += [float(part) for part in evaluate(state, batch)]
+            sums += [float(part) for part in self.evaluation(state, batch)]
         loss = float(sums[0] / max(sums[1], 1e-9))
         metrics.write(step, {"held_out_loss": loss})
         self.say(f"step {step}: held-out loss {loss:.4f}")
 
     def _profile(self, step: int) -> None:
         first, last = self.c.profile
-        if not last:
-            return
-        if step == first:
+        if last and first <= step <= last and not self._is_tracing and step < self.c.steps:
             jax.profiler.start_trace(str(self.workdir / "profile"))
-        elif step == last + 1:
+            self._is_tracing = True
+        elif self._is_tracing and (step > last or step == self.c.steps):
             jax.profiler.stop_trace()
+            self._is_tracing = False
             self.say(f"steps {first} to {last} are traced in {self.workdir / 'profile'}")
 
 
@@ -244,6 +247,10 @@ class _Terminated:
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._is_asked
+
+
+def _say_nothing(message: str) -> None:
+    """Takes the place of `say`."""
 
 
 def _adapted(factors: dict, params: dict, scale: float) -> dict:

@@ -37,13 +37,11 @@ class Metrics:
             return
         from tensorboardX import SummaryWriter
 
-        path = workdir / "metrics.jsonl"
-        kept = []
-        if path.exists():
-            lines = [line for line in path.read_text().splitlines() if _is_whole(line)]
+        self._path, kept = workdir / "metrics.jsonl", []
+        if self._path.exists():
+            lines = [line for line in self._path.read_text().splitlines() if _is_whole(line)]
             kept = [line for line in lines if json.loads(line)["step"] <= resumed_at]
-        path.write_text("".join(f"{line}\n" for line in kept))
-        self._file = path.open("a")
+        self._path.write_text("".join(f"{line}\n" for line in kept))
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resumed_at + 1)
 
     def __enter__(self) -> "Metrics":
@@ -51,16 +49,24 @@ class Metrics:
 
     def __exit__(self, *error) -> None:
         if self._is_writer:
-            self._file.close()
             self._board.close()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         if not self._is_writer:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        append_line(self._path, json.dumps({"step": step, **values}))
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
+
+
+def append_line(path: epath.Path, line: str) -> None:
+    """Adds a line to a small file; object stores cannot append, so there it is written anew."""
+    if "://" in str(path):
+        before = path.read_text() if path.exists() else ""
+        path.write_text(f"{before}{line}\n")
+        return
+    with path.open("a") as file:
+        file.write(f"{line}\n")
 
 
 def flops_per_batch(c: ModelConfig, tokens: int, patches: int, keys: float) -> float:

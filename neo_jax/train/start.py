@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from neo_jax.config import ModelConfig
@@ -96,8 +97,9 @@ def write_run(
                 + "; ".join(changed)
                 + ". Set them back, or use another workdir"
             )
-        return
-    if jax.process_index():
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("all have looked")
+    if jax.process_index() or path.exists():
         return
     workdir.mkdir(parents=True, exist_ok=True)
     for name, content in _side_files(c, tokenizer).items():
@@ -111,7 +113,9 @@ def write_run(
     versions["python"] = platform.python_version()
     devices = f"{jax.device_count()} {jax.devices()[0].device_kind}"
     content = {"config": settings, "data": data, "versions": versions, "devices": devices}
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    partial = path.with_name(f".{RUN}")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.rename(path)  # last and at once: a kill leaves a run, or none
 
 
 def _tokenizer(directory: str) -> NeoTokenizer:
