@@ -48,7 +48,7 @@ def get_config() -> Config:
         ),
         held_out="shapes:held-out",
         optim=OptimConfig(peak_lr=2e-3, min_lr_ratio=0.02, warmup_steps=50, weight_decay=0.05),
-        steps=600,
+        steps=650,
         init_scale=2.5,
         dtype="float32",
         mesh=(1, 1, 1),
