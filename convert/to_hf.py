@@ -1,6 +1,7 @@
 """Our checkpoint, or a training run's newest step, to the published layout, streamed."""
 
 import argparse
+import functools
 import sys
 
 from convert import command
@@ -17,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--dtype",
         choices=("bf16", "bfloat16", "f32", "float32"),
-        help="of the written tensors; default: as stored",
+        help="of the written tensors; default: as stored, or of a merged LoRA run bfloat16",
     )
     parser.add_argument(
         "--merge-lora", action="store_true", help="work a LoRA run's factors into its base"
@@ -30,56 +31,36 @@ def run(args: argparse.Namespace) -> None:
     checkpoint = find_checkpoint(args.source)
     if checkpoint is None:
         raise InputError(f"{args.source}: no checkpoint of ours there (a directory with params)")
-    if args.merge_lora or checkpoint.lora:
-        return merge(args, checkpoint)
-    c, stores = checkpoint.config, open_params(checkpoint)
-    dtype = {"bf16": "bfloat16", "f32": "float32"}.get(args.dtype, args.dtype)
-    dtype = dtype or stores["embed",].dtype.name
-
-    def read(path, index):
-        try:
-            return stores[path][index].read().result()
-        except ValueError as error:
-            raise InputError(
-                f"{checkpoint.params}: {'/'.join(path)} is damaged: {error}"
-            ) from error
-
-    with command.progress(num_bytes(c, dtype), "export") as bar:
-        write_published(
-            args.target,
-            c,
-            read,
-            dtype,
-            shard_size=args.shard_size,
-            side_files=checkpoint.directory,
-            overwrite=args.overwrite,
-            say=command.say,
-            wrote=bar.update,
-        )
-    print(f"wrote {args.target}")
-
-
-def merge(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
-    """In memory, unlike the rest: every matrix changes."""
-    if not checkpoint.lora:
+    if args.merge_lora and not checkpoint.lora:
         raise InputError(f"{args.source}: not a LoRA run; export it without --merge-lora")
-    if not args.merge_lora:
+    if checkpoint.lora and not args.merge_lora:
         raise InputError(f"{args.source}: a LoRA run: add --merge-lora to work it into its base")
-    dtype = {"bf16": "bfloat16", "f32": "float32"}.get(args.dtype, args.dtype)
-    c, params = load_params(args.source, "float32", None)
-    with command.progress(num_bytes(c, dtype or "bfloat16"), "export") as bar:
-        save_hf(
-            params,
-            c,
-            args.target,
-            dtype=dtype or "bfloat16",
-            shard_size=args.shard_size,
-            side_files=checkpoint.directory,
-            overwrite=args.overwrite,
-            say=command.say,
-            wrote=bar.update,
-        )
+    c, dtype = checkpoint.config, {"bf16": "bfloat16", "f32": "float32"}.get(args.dtype, args.dtype)
+    options = {
+        "shard_size": args.shard_size,
+        "side_files": checkpoint.directory,
+        "overwrite": args.overwrite,
+        "say": command.say,
+    }
+    if checkpoint.lora:  # in memory, unlike the rest: every matrix changes
+        dtype = dtype or "bfloat16"
+        _, params = load_params(args.source, "float32", None)
+        with command.progress(num_bytes(c, dtype), "export") as bar:
+            save_hf(params, c, args.target, dtype=dtype, wrote=bar.update, **options)
+    else:
+        stores = open_params(checkpoint)
+        dtype = dtype or stores["embed",].dtype.name
+        with command.progress(num_bytes(c, dtype), "export") as bar:
+            read = functools.partial(_read, checkpoint, stores)
+            write_published(args.target, c, read, dtype, wrote=bar.update, **options)
     print(f"wrote {args.target}")
+
+
+def _read(checkpoint: Checkpoint, stores, path, index):
+    try:
+        return stores[path][index].read().result()
+    except ValueError as error:
+        raise InputError(f"{checkpoint.params}: {'/'.join(path)} is damaged: {error}") from error
 
 
 if __name__ == "__main__":

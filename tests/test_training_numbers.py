@@ -15,7 +15,7 @@ from neo_jax.batch import micro_batches
 from neo_jax.data.image import normalise
 from neo_jax.data.mixture import Mixture
 from neo_jax.data.positions import block_order
-from neo_jax.data.supervised import Limits, supervised_example
+from neo_jax.data.supervised import Limits, TooLong, supervised_example
 from neo_jax.model.neo import bind
 from neo_jax.train import loss as loss_module
 from neo_jax.train import rules
@@ -99,6 +99,21 @@ def test_what_is_supervised(case):
     np.testing.assert_array_equal(example["weights"][:-1] > 0, labels[1:] != -100)
     learnt = labels[1:] != -100
     np.testing.assert_array_equal(example["targets"][:-1][learnt], labels[1:][learnt])
+
+
+def test_what_is_too_long_is_dropped_or_its_images_shrunk():
+    tokenizer, rng = load_case("single_image").tokenizer, np.random.default_rng(0)
+    turns = [{"from": "human", "value": "<image><image>"}, {"from": "gpt", "value": "two"}]
+    record = {"images": [Image.new("RGB", (640, 320))] * 2, "conversations": turns}
+    for length, num_patches in ((120, 4000), (4000, 120)):
+        limits = Limits(length, num_patches)
+        with pytest.raises(TooLong):
+            supervised_example(record, tokenizer, limits, rng)
+        limits = dataclasses.replace(limits, too_long="shrink")
+        example = supervised_example(record, tokenizer, limits, rng)
+        assert len(example["tokens"]) <= length
+        assert 64 <= len(example["patches"]) <= num_patches  # no smaller than need be
+        assert example["is_image"].sum() * 4 == len(example["patches"])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))

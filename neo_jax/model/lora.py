@@ -16,9 +16,8 @@ from flax import traverse_util
 from jax.sharding import PartitionSpec as P
 
 from neo_jax.errors import InputError
+from neo_jax.model.cache import STACKS
 from neo_jax.model.int8 import SUMMED
-
-STACKS = ("pre_buffer", "post_llm")
 
 
 @jax.tree_util.register_dataclass
