@@ -80,7 +80,7 @@ def of_sums(
         draws = [columns[rng.integers(0, n, n)].sum(axis=0) for _ in range(_RESAMPLES)]
         values = formula(np.stack(draws))
     values = values[np.isfinite(values)]
-    low, high = np.percentile(values, [2.5, 97.5]) if len(values) else (math.nan, math.nan)
+    low, high = np.percentile(values, [2.5, 97.5]).tolist() if len(values) else (value, value)
     return Metric(name, scale * value, scale * low, scale * high, n if count is None else count)
 
 
