@@ -226,7 +226,7 @@ def find_table(benchmark: Benchmark, data: Path) -> Table:
         return "".join(sign for sign in name.lower() if sign.isalnum())
 
     wanted = {plain(name) for name in (*benchmark.files, benchmark.name)}
-    for path in sorted(data.iterdir()):
+    for path in sorted(data.iterdir(), key=lambda path: (path.is_dir(), path)):
         if plain(path.stem if path.suffix in KINDS else path.name) in wanted:
             return open_table(path)
     raise InputError(
