@@ -75,7 +75,7 @@ class Benchmark:
             images=pictures[: list(message).count(None)],
             min_pixels=settings.min_pixels,
             max_pixels=settings.max_pixels,
-            upscale_first=settings.upscale,
+            num_upscaled=int(settings.upscale),
             **options,
         )
 

@@ -10,6 +10,7 @@ import jax
 from tqdm import tqdm
 
 import neo_jax
+from neo_jax.config import ModelConfig
 from neo_jax.errors import InputError
 from neo_jax.eval import hosts as pod
 from neo_jax.eval.benchmarks import TABLE
@@ -79,25 +80,26 @@ def run(args: argparse.Namespace) -> int:
         "directory": str(Path(args.model).resolve()),
         **{name: getattr(args, name) for name in ("dtype", "weights", "kv_dtype")},
     }
-    plan.works(model)  # says what is missing before anything is loaded
+    plan.works(model)  # what is missing is said before anything is loaded or written
+    config = pod.config_of(args.model)
     hosts = pod.join()
     with contextlib.ExitStack() as bars:
-        scored = evaluate(plan, model, _server(args, hosts), hosts, _progress(bars, hosts))
+        scored = evaluate(plan, model, _server(args, config, hosts), hosts, _progress(bars, hosts))
     return _end(scored, args.out) if hosts.index == 0 else 0
 
 
-def _server(args: argparse.Namespace, hosts: pod.Hosts):
+def _server(args: argparse.Namespace, config: ModelConfig, hosts: pod.Hosts):
     loaded: list[neo_jax.Pipeline] = []
 
     def serve(requests: Iterator[Request]) -> Iterator[tuple[int, Result]]:
         if not loaded:  # only once something is to be asked
-            mesh = pod.local_mesh(args.model) if hosts.count > 1 else None
+            mesh = pod.local_mesh(config) if hosts.count > 1 else None
             options = {"dtype": args.dtype, "weights": args.weights, "mesh": mesh}
             loaded.append(neo_jax.load(args.model, **options))
         (neo,) = loaded
         length = args.max_length
         if length is None and jax.default_backend() == "cpu":
-            length = min(_CPU_LENGTH, neo.config.max_position_embeddings)
+            length = min(_CPU_LENGTH, config.max_position_embeddings)
         options = {"slots": args.slots, "max_length": length, "kv_dtype": args.kv_dtype}
         return neo.serve(requests, **options)
 

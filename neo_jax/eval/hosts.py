@@ -9,6 +9,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from neo_jax.config import ModelConfig
 from neo_jax.sharding import make_mesh
 from neo_jax.weights.checkpoint import find_checkpoint
 from neo_jax.weights.published import open_published
@@ -47,8 +48,12 @@ def join() -> Hosts:
     return Hosts(jax.process_index(), jax.process_count())
 
 
-def local_mesh(model: str | Path) -> Mesh:
-    """A mesh of this host's devices alone: each host has the model for itself."""
+def config_of(model: str | Path) -> ModelConfig:
+    """The configuration of a directory of either kind; its weights are not read."""
     checkpoint = find_checkpoint(model)
-    config = checkpoint.config if checkpoint else open_published(model)[0]
+    return checkpoint.config if checkpoint else open_published(model)[0]
+
+
+def local_mesh(config: ModelConfig) -> Mesh:
+    """A mesh of this host's devices alone: each host has the model for itself."""
     return make_mesh(None, jax.local_devices(), num_key_value_heads=config.num_key_value_heads)

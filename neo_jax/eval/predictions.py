@@ -126,14 +126,15 @@ def _check_settings(work: Work, folder: Path, hosts: Hosts) -> None:
         "model": dict(work.model),
         "data": {"file": work.table.path.name, "rows": rows},
     }
-    differing = differences(json.loads(path.read_text()), now) if path.exists() else []
+    is_begun = path.exists() and any(True for _ in _all_lines(folder))
+    differing = differences(json.loads(path.read_text()), now) if is_begun else []
     for said in hosts.gather("; ".join(differing).encode()):
         if said:
             raise InputError(
                 f"{folder}: its answers were made otherwise ({said.decode()}): choose another "
                 "--out, or run as before"
             )
-    if hosts.index == 0 and not path.exists():
+    if hosts.index == 0 and not is_begun:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(now, indent=2) + "\n")
 
@@ -142,8 +143,8 @@ def _share(
     work: Work, folder: Path, hosts: Hosts, limit: int | None, retry_errors: bool
 ) -> list[int]:
     """Numbers of the rows that no host has answered and that are ours to ask."""
-    paths = sorted(folder.glob("predictions*.jsonl"))
-    here = sorted({name for path in paths for name in _answered(path, retry_errors)})
+    lines = (answer for answer, _ in _all_lines(folder))
+    here = sorted({a["id"] for a in lines if not (retry_errors and "error" in a)})
     parts = hosts.gather(json.dumps(here).encode())
     done = {name for part in parts for name in json.loads(part)}
     wanted = range(min(len(work.table), limit or len(work.table)))
@@ -158,6 +159,12 @@ def _lines(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
             for raw in file:
                 if raw.endswith(b"\n"):
                     yield json.loads(raw), raw
+
+
+def _all_lines(folder: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """Those of all files of answers in a folder."""
+    for path in sorted(folder.glob("predictions*.jsonl")):
+        yield from _lines(path)
 
 
 def _answered(path: Path, without_errors: bool = False) -> set[str]:
@@ -202,8 +209,7 @@ def write_whole(path: Path, data: str | bytes) -> None:
 def read_answers(folder: Path) -> list[dict[str, Any]]:
     """The answers of a folder in the order of their rows, from the files of all hosts."""
     found: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.glob("predictions*.jsonl")):
-        for answer, _ in _lines(path):
-            if answer["id"] not in found or "error" in found[answer["id"]]:
-                found[answer["id"]] = answer
+    for answer, _ in _all_lines(folder):
+        if answer["id"] not in found or "error" in found[answer["id"]]:
+            found[answer["id"]] = answer
     return sorted(found.values(), key=lambda answer: int(answer["id"].split()[1]))

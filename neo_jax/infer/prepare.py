@@ -52,7 +52,7 @@ class Preparer:
         low = self._config.min_pixels if request.min_pixels is None else request.min_pixels
         high = self._config.max_pixels if request.max_pixels is None else request.max_pixels
         pictures = [
-            self._picture(image, low, high, request.upscale_first and place == 0)
+            self._picture(image, low, high, place < request.num_upscaled)
             for place, image in enumerate(request.images)
         ]
         question = request.prompt

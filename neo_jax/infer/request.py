@@ -25,7 +25,7 @@ class Request:
     # Makes the prompt of a video's frames and the question; with it, pictures may follow the
     # frames. Default: `data.video.video_prompt`.
     lay_out: Callable[[Video, str], str] | None = None
-    upscale_first: bool = False  # doubles the first picture's sides before it is resized
+    num_upscaled: int = 0  # so many pictures have their sides doubled before they are resized
 
 
 @dataclasses.dataclass(frozen=True)
