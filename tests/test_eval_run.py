@@ -13,6 +13,7 @@ import made_benchmarks as made
 import pytest
 from conftest import raises
 
+from neo_jax.eval import benchmarks, prompts
 from neo_jax.eval.run import Plan, evaluate, score_run
 
 ROOT = Path(__file__).parents[1]
@@ -24,6 +25,7 @@ import sys, time
 sys.path[:0] = ["tests", "."]
 import made_benchmarks as made
 from pathlib import Path
+from neo_jax.eval import benchmarks, prompts
 from neo_jax.eval.run import Plan, evaluate
 name, data, out, last = sys.argv[1:]
 
@@ -213,6 +215,16 @@ def test_a_limit_can_grow_and_errors_be_asked_again(tmp_path):
     evaluate(plan, MODEL, again)
     assert len(retried) == 1  # the one that is no picture: of the others there is no request
     assert len(lines_of(out, "mmstar")) == 110
+
+
+def test_a_new_benchmark_is_one_row_of_the_table(tmp_path, monkeypatch):
+    row = benchmarks._choice("mine", "Mine", "Mine", (50.0, 60.0), ask=prompts.briefly)
+    monkeypatch.setitem(benchmarks.BENCHMARKS, "mine", row)
+    made.write_tsv(tmp_path, rows=20)
+    (tmp_path / "MMStar.tsv").rename(tmp_path / "mine.tsv")
+    (scored,) = evaluate(Plan("mine", tmp_path, tmp_path / "run"), MODEL, made.serve)
+    assert scored.metrics[0].value == pytest.approx(80)
+    assert "| Mine | 80.00 |" in read_report(tmp_path / "run")
 
 
 def test_wrong_files_and_folders_are_named(tmp_path):
