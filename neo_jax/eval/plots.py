@@ -36,10 +36,13 @@ def _scores(axes: Any, parts: Sequence[dict[str, Any]]) -> None:
     for place, part in enumerate(parts):
         head = part["metrics"][0]
         axes.plot([head["low"], head["high"]], [place, place], color="tab:blue", lw=3, alpha=0.4)
-        axes.plot(head["value"], place, "o", color="tab:blue", label="here" if not place else None)
+        shown = {"here": (head["value"], "o")}
         for (size, value), marker in zip(part["published"].items(), "x+", strict=False):
-            label = f"published {size}" if part is parts[0] else None
-            axes.plot(value, place, marker, color="tab:gray", label=label)
+            shown[f"published {size}"] = value, marker
+        for name, (value, marker) in shown.items():
+            is_new = name not in axes.get_legend_handles_labels()[1]
+            colour = "tab:blue" if name == "here" else "tab:gray"
+            axes.plot(value, place, marker, color=colour, label=name if is_new else None)
     axes.set_yticks(range(len(parts)), [part["title"] for part in parts])
     axes.invert_yaxis()
     axes.set_xlabel("score, with 95 % interval")
@@ -59,9 +62,15 @@ def _categories(axes: Any, part: dict[str, Any]) -> None:
 
 
 def _lengths(axes: Any, part: dict[str, Any]) -> None:
-    for name, colour in (("prompt", "tab:orange"), ("completion", "tab:green")):
-        lengths = part["lengths"][name]
-        starts = [int(bounds.split("-")[0]) for bounds in lengths]
-        axes.plot(starts, list(lengths.values()), "o-", color=colour, label=f"{name} tokens")
-    axes.set(xscale="symlog", xlabel="tokens, from", ylabel="rows")
+    lengths = part["lengths"]
+    bins = sorted({*lengths["prompt"], *lengths["completion"]}, key=_start)
+    for shift, name, label in ((-0.2, "prompt", "prompts"), (0.2, "completion", "answers")):
+        places = [place + shift for place in range(len(bins))]
+        axes.bar(places, [lengths[name].get(one, 0) for one in bins], 0.4, label=label)
+    axes.set_xticks(range(len(bins)), bins, rotation=60, fontsize="x-small")
+    axes.set(xlabel="tokens", ylabel="rows")
     axes.legend(fontsize="x-small")
+
+
+def _start(bounds: str) -> int:
+    return int(bounds.split("-")[0])
