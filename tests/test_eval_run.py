@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -173,7 +174,7 @@ def test_the_report_says_all_there_is(whole):
 def test_scores_are_made_anew_without_model_or_data(whole, tmp_path):
     before = json.loads((whole[1] / "report.json").read_text())
     copy = tmp_path / "run"
-    subprocess.run(["cp", "-r", whole[1], copy], check=True)
+    shutil.copytree(whole[1], copy)
     (copy / "report.json").unlink()
     score_run(copy)
     assert json.loads((copy / "report.json").read_text()) == before
@@ -215,6 +216,34 @@ def test_a_limit_can_grow_and_errors_be_asked_again(tmp_path):
     evaluate(plan, MODEL, again)
     assert len(retried) == 1  # the one that is no picture: of the others there is no request
     assert len(lines_of(out, "mmstar")) == 110
+
+
+def test_rows_that_no_scorer_can_place_are_left_out_and_named(tmp_path):
+    columns = ["index", "question", "task", "answer", "image"]
+    tasks = ["depth_prediction_oc", "no_such_task", "position_matching", ""]
+    rows = [[n, "Q", task, "A", made.text64(4 * n)] for n, task in enumerate(tasks)]
+    made.write_table(tmp_path / "SparBench.tsv", columns, rows)
+    (scored,) = evaluate(Plan("spar", tmp_path, tmp_path / "run"), MODEL, made.serve)
+    assert {p["row"]: p["problem"][:30] for p in scored.problems} == {
+        2: "left out, cannot be scored: ta",
+        4: "left out, cannot be scored: no",
+    }
+    assert [one.verdict.score for one in scored.judged] == [0, 1]
+    rows = [[index, "Is it?", "c", "Yes", made.text64(4)] for index in ("VD_a_x_1_0_0", "7")]
+    made.write_table(tmp_path / "HallusionBench.tsv", columns, rows)
+    evaluate(Plan("hallusion", tmp_path, tmp_path / "run"), MODEL, made.serve)
+    assert "index '7': not of six parts" in read_report(tmp_path / "run")
+
+
+def test_a_damaged_file_of_answers_is_named(whole, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(whole[1], copy)
+    path = copy / "mmstar/predictions.jsonl"
+    path.write_bytes(path.read_bytes() + b"{}\n")
+    for again in (lambda: score_run(copy), lambda: evaluate(plan, MODEL, made.serve)):
+        plan = Plan("mmstar", whole[0], copy)
+        with raises("predictions.jsonl:201: not an answer"):
+            again()
 
 
 def test_a_new_benchmark_is_one_row_of_the_table(tmp_path, monkeypatch):

@@ -84,7 +84,7 @@ def test_mmmu():
 
 
 def test_circular_choice():
-    found = judged("MMBench_DEV_EN", choice.judge)
+    found = judged("MMBench_DEV_EN", choice.judge_circular)
     wanted = total("MMBench_DEV_EN")
     groups = choice.circular_groups(found)
     assert {one.row["index"]: one.verdict.score for one in groups} == {
@@ -121,7 +121,7 @@ def test_pope():
 
 
 def test_hallusion():
-    found = judged("HallusionBench", yes_no.judge)
+    found = judged("HallusionBench", yes_no.judge_hallusion)
     check_rows(found, "score")
     got = values(yes_no.summarise_hallusion(found))
     wanted = {}

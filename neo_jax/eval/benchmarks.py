@@ -47,7 +47,7 @@ def _video(name, title, files, ask, videos_of, published=None, **more) -> Benchm
 
 def _plain_video(row: Row) -> Sequence[str]:
     names = [row.get(name) for name in ("video_path", "video", "videoid", "video_id", "key", "id")]
-    return [f"{row['prefix']}/{row['video']}" if "prefix" in row else "", *filter(None, names)]
+    return [f"{row['prefix']}/{row.get('video')}" if "prefix" in row else "", *filter(None, names)]
 
 
 def _vsi_video(row: Row) -> Sequence[str]:
@@ -69,7 +69,7 @@ TABLE = (
     ),
     _choice(
         "mmbench", "MMBench-EN", "MMBench_DEV_EN", (80.0, 85.1),
-        summarise=choice.summarise_circular,
+        judge=choice.judge_circular, summarise=choice.summarise_circular,
         source=f"{_KIT}/benchmarks/MMBench/MMBench_DEV_EN.tsv",
         note="Circular: a question is right if it is right in every order of its options.",
     ),
@@ -108,7 +108,7 @@ TABLE = (
     ),
     _choice(
         "hallusion", "HallusionBench", "HallusionBench", (54.5, 59.8), adapt=hub.yes_no,
-        ask=prompts.yes_or_no, judge=yes_no.judge, summarise=yes_no.summarise_hallusion,
+        ask=prompts.yes_or_no, judge=yes_no.judge_hallusion, summarise=yes_no.summarise_hallusion,
     ),
     _choice(
         "mme", "MME", "MME", adapt=hub.yes_no,

@@ -3,6 +3,7 @@
 import string
 from collections.abc import Sequence
 
+from neo_jax.errors import InputError
 from neo_jax.eval.matching import REFUSED, option_letter
 from neo_jax.eval.rows import Row, columns_of_options, options, right_answer, text
 from neo_jax.eval.summary import Judged, Metric, Verdict, by_column, mean
@@ -22,6 +23,13 @@ def judge(row: Row, answer: str) -> Verdict:
     """The letter or text of one option, and it is the right one."""
     letter = option_letter(answer, options(row))
     return Verdict(float((letter or REFUSED) == right_answer(row)), letter)
+
+
+def judge_circular(row: Row, answer: str) -> Verdict:
+    """As `judge`; the index says which question the row is an order of."""
+    if not str(row.get("index", "")).isdecimal():
+        raise InputError(f"index {row.get('index')!r}: not a number")
+    return judge(row, answer)
 
 
 def judge_mmmu(row: Row, answer: str) -> Verdict:

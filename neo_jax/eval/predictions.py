@@ -154,11 +154,18 @@ def _share(
 
 def _lines(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
     """Whole lines of a file of answers; what a kill cut off is not one."""
-    if path.exists():
-        with open(path, "rb") as file:
-            for raw in file:
-                if raw.endswith(b"\n"):
-                    yield json.loads(raw), raw
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        for number, raw in enumerate(file, 1):
+            if not raw.endswith(b"\n"):
+                return
+            try:
+                answer = json.loads(raw)
+                int(answer["id"].removeprefix("row "))
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                raise InputError(f"{path}:{number}: not an answer: remove the line") from error
+            yield answer, raw
 
 
 def _all_lines(folder: Path) -> Iterator[tuple[dict[str, Any], bytes]]:

@@ -67,7 +67,8 @@ def score(folder: Path) -> Scored:
         try:
             verdict = benchmark.judge(row, said)
         except InputError as error:
-            verdict, problem["problem"] = Verdict(0.0), f"cannot be scored: {error}"
+            problems.append(problem | {"problem": f"left out, cannot be scored: {error}"})
+            continue
         if problem["problem"] is None and "answer" not in row and "correct_choice" not in row:
             problem["problem"] = "no right answer in the file"
         if problem["problem"]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from neo_jax.errors import InputError
 from neo_jax.eval.matching import yes_or_no
 from neo_jax.eval.rows import Row, right_answer, text
 from neo_jax.eval.summary import Judged, Metric, Verdict, mean, of_sums
@@ -19,9 +20,11 @@ def judge(row: Row, answer: str) -> Verdict:
     return Verdict(float(said == right_answer(row)), None if said == "Unknown" else said)
 
 
-def judge_caseless(row: Row, answer: str) -> Verdict:
-    """As `judge`, where files differ in writing "yes" and "Yes"."""
-    return judge({**row, "answer": right_answer(row).capitalize()}, answer)
+def judge_hallusion(row: Row, answer: str) -> Verdict:
+    """As `judge`; the index says which figure and question the row belongs to."""
+    if len(str(row.get("index", "")).split("_")) < 6:
+        raise InputError(f"index {row.get('index')!r}: not of six parts, such as VD_figure_x_3_1_0")
+    return judge(row, answer)
 
 
 def summarise_pope(judged: Sequence[Judged]) -> list[Metric]:
