@@ -240,10 +240,10 @@ def test_a_damaged_file_of_answers_is_named(whole, tmp_path):
     shutil.copytree(whole[1], copy)
     path = copy / "mmstar/predictions.jsonl"
     path.write_bytes(path.read_bytes() + b"{}\n")
-    for again in (lambda: score_run(copy), lambda: evaluate(plan, MODEL, made.serve)):
-        plan = Plan("mmstar", whole[0], copy)
-        with raises("predictions.jsonl:201: not an answer"):
-            again()
+    with raises("predictions.jsonl:201: not an answer"):
+        score_run(copy)
+    with raises("predictions.jsonl:201: not an answer"):
+        evaluate(Plan("mmstar", whole[0], copy), MODEL, made.serve)
 
 
 def test_a_new_benchmark_is_one_row_of_the_table(tmp_path, monkeypatch):
