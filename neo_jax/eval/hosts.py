@@ -10,6 +10,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from neo_jax.config import ModelConfig
+from neo_jax.errors import InputError
 from neo_jax.sharding import make_mesh
 from neo_jax.weights.checkpoint import find_checkpoint
 from neo_jax.weights.published import open_published
@@ -41,7 +42,13 @@ def join() -> Hosts:
     JAX_COORDINATOR_ADDRESS (host:port of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
     """
     if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
-        count, number = (int(os.environ[f"JAX_{n}"]) for n in ("NUM_PROCESSES", "PROCESS_ID"))
+        try:
+            count, number = (int(os.environ[f"JAX_{n}"]) for n in ("NUM_PROCESSES", "PROCESS_ID"))
+        except (KeyError, ValueError) as error:
+            raise InputError(
+                "JAX_COORDINATOR_ADDRESS is set: set JAX_NUM_PROCESSES and JAX_PROCESS_ID to "
+                "numbers too"
+            ) from error
         jax.distributed.initialize(address, count, number)
     elif "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
         jax.distributed.initialize()  # it asks the cloud
