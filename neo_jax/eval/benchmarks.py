@@ -13,7 +13,7 @@ from neo_jax.eval.benchmark import Benchmark
 from neo_jax.eval.messages import Frames, named
 from neo_jax.eval.rows import Row
 from neo_jax.eval.summary import overall
-from neo_jax.eval.tables import KINDS, Table, open_table
+from neo_jax.eval.tables import KINDS
 
 _KIT = "https://opencompass.openxlab.space/utils"
 _EASI = "https://huggingface.co/datasets/lmms-lab-si/EASI-Leaderboard-Data/resolve/main"
@@ -215,10 +215,10 @@ def choose(names: str) -> list[Benchmark]:
     return list(dict.fromkeys(found))
 
 
-def find_table(benchmark: Benchmark, data: Path) -> Table:
+def find_file(benchmark: Benchmark, data: Path) -> Path:
     """The benchmark's file or folder in `data`, or `data` itself if it is a file."""
     if data.is_file():
-        return open_table(data)
+        return data
     if not data.is_dir():
         raise InputError(f"{data}: no such folder")
 
@@ -228,7 +228,7 @@ def find_table(benchmark: Benchmark, data: Path) -> Table:
     wanted = {plain(name) for name in (*benchmark.files, benchmark.name)}
     for path in sorted(data.iterdir(), key=lambda path: (path.is_dir(), path)):
         if plain(path.stem if path.suffix in KINDS else path.name) in wanted:
-            return open_table(path)
+            return path
     raise InputError(
         f"{data}: nothing there for {benchmark.name}: put {benchmark.files[0]}.tsv, or a folder "
         f"{benchmark.files[0]} of parquet files, into it; from {benchmark.source}"

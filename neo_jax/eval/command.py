@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         "directory": str(Path(args.model).resolve()),
         **{name: getattr(args, name) for name in ("dtype", "weights", "kv_dtype")},
     }
-    plan.works(model)  # what is missing is said before anything is loaded or written
+    plan.files()  # what is missing is said before anything is loaded or written
     config = pod.config_of(args.model)
     hosts = pod.join()
     with contextlib.ExitStack() as bars:

@@ -8,11 +8,12 @@ from typing import Any
 from neo_jax.errors import InputError
 from neo_jax.eval import page, report
 from neo_jax.eval.benchmark import Benchmark
-from neo_jax.eval.benchmarks import choose, find_table
+from neo_jax.eval.benchmarks import choose, find_file
 from neo_jax.eval.hosts import Hosts
 from neo_jax.eval.predictions import SETTINGS, Work, predict
 from neo_jax.eval.score import Scored, score
-from neo_jax.eval.settings import make_settings
+from neo_jax.eval.settings import Settings, make_settings
+from neo_jax.eval.tables import open_table
 from neo_jax.infer.batch import Counts, Serve
 
 
@@ -29,19 +30,26 @@ class Plan:
     limit: int | None = None
     retry_errors: bool = False
 
-    def works(self, model: Mapping[str, Any]) -> list[Work]:
-        """Each benchmark with its file and settings; all are looked at before anything is asked."""
+    def files(self) -> dict[Benchmark, Path]:
+        """Each benchmark's file or folder; no settings are wrong if this returns."""
         if self.data is None:
             raise InputError("say where the benchmarks' files are: --data DIR")
         benchmarks = choose(self.names)
         if self.data.is_file() and len(benchmarks) > 1:
             raise InputError(f"{self.data}: one file, but {len(benchmarks)} benchmarks")
-        return [self._work(benchmark, model) for benchmark in benchmarks]
+        for benchmark in benchmarks:
+            self._settings(benchmark).sampling(0)
+        return {benchmark: find_file(benchmark, self.data) for benchmark in benchmarks}
 
-    def _work(self, benchmark: Benchmark, model: Mapping[str, Any]) -> Work:
-        settings = make_settings(benchmark.group, self.preset, benchmark.settings, self.overrides)
-        settings.sampling(0)  # says at once what is out of range
-        table = find_table(benchmark, self.data)
+    def _settings(self, benchmark: Benchmark) -> Settings:
+        return make_settings(benchmark.group, self.preset, benchmark.settings, self.overrides)
+
+    def works(self, model: Mapping[str, Any]) -> list[Work]:
+        """Each benchmark with its rows and settings; `model` is what else decides, JSON."""
+        return [self._work(benchmark, path, model) for benchmark, path in self.files().items()]
+
+    def _work(self, benchmark: Benchmark, path: Path, model: Mapping[str, Any]) -> Work:
+        settings, table = self._settings(benchmark), open_table(path)
         here = table.path if table.path.is_dir() else table.path.parent
         folders = [folder for folder in (self.media, here) if folder is not None]
         folders += [folder / name for folder in folders[:2] for name in benchmark.files]
