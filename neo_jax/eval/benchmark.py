@@ -29,6 +29,7 @@ class Benchmark:
     ask: Callable[[Row, int], Message] | None = None  # row and how many pictures it has
     ask_video: Callable[[Row], str] | None = None  # the text behind the frames
     frames: Frames = dataclasses.field(default_factory=Frames)
+    has_subtitles: bool = False  # whether `subtitle_path` is part of the question
     videos: Callable[[Row], Sequence[str]] | None = None  # names under which the video may be
     layout: Layout | None = None  # default: the group's
     adapt: Callable[[dict[str, Any]], dict[str, Any]] = hub.standard
@@ -54,7 +55,12 @@ class Benchmark:
         Raises:
           InputError: for a cell or file that is missing or cannot be used.
         """
-        options = {"system": settings.system, "sampling": settings.sampling(number)}
+        options = {
+            "system": settings.system,
+            "sampling": settings.sampling(number),
+            "min_pixels": settings.min_pixels,
+            "max_pixels": settings.max_pixels,
+        }
         pictures = media.pictures(row, table, folders)
         if self.ask_video is not None:
             question = settings.prefix + self.ask_video(row)
@@ -73,14 +79,12 @@ class Benchmark:
         return Request(
             prompt=layout(message),
             images=pictures[: list(message).count(None)],
-            min_pixels=settings.min_pixels,
-            max_pixels=settings.max_pixels,
             num_upscaled=int(settings.upscale),
             **options,
         )
 
     def _frames(self, row: Row, folders: Sequence[Path]) -> Frames:
-        if "subtitle_path" not in row or self.group != "video":
+        if not self.has_subtitles or "subtitle_path" not in row:
             return self.frames
         name = str(row["subtitle_path"])
         places = [folder / base / name for folder in folders for base in ("subtitles", "")]
@@ -94,7 +98,7 @@ def _video_options(row: Row, settings: Settings) -> dict[str, Any]:
     chosen: dict[str, Any] = {"fps": settings.fps}
     if settings.num_frames:
         chosen = {"num_frames": settings.num_frames, "spacing": settings.spacing}
-    if row.get("bound") in (True, "True") and "start" in row:
+    if "start" in row and row.get("bound") not in (False, "False"):  # MVBench's
         chosen["span"] = (float(row["start"]), float(row["end"]))
     if row.get("data_type") == "frame":
         chosen["frame_rate"] = 3.0  # MVBench's folders of frames

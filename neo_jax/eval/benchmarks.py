@@ -187,7 +187,8 @@ TABLE = (
     ),
     _video(
         "longvideobench", "LongVideoBench", ("LongVideoBench",), prompts.long_video, _plain_video,
-        (56.8, 63.5), settings={"num_frames": 256}, judge=videos.judge_long_video,
+        (56.8, 63.5), settings={"num_frames": 256}, has_subtitles=True,
+        judge=videos.judge_long_video,
         summarise=_by("duration_group", "question_category"),
         source=f"{_HUB}/longvideobench/LongVideoBench",
     ),
