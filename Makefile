@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test notebooks lint clean
 
 demo: $(READY)
 	$(BIN)/python train.py workdir=.demo/tiny_shapes
@@ -12,6 +12,10 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+notebooks: $(READY)
+	$(BIN)/python -m pip install --quiet '.[notebooks]'
+	JAX_PLATFORMS=cpu $(BIN)/python notebooks/execute.py .demo/notebooks
 
 lint: $(READY)
 	$(BIN)/ruff check .

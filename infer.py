@@ -2,6 +2,7 @@
 
 python infer.py ask --model DIR --image photo.jpg "What is this?"
 python infer.py batch --model DIR in.jsonl out.jsonl
+python infer.py eval --model DIR --bench mmstar,docvqa --data DATA --out RUN
 """
 
 import argparse
@@ -12,6 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import neo_jax
+from neo_jax.eval import command
 from neo_jax.infer import batch
 
 
@@ -73,11 +75,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     many.add_argument("--max-pixels", type=int, help="area of a resized image, at most")
     many.add_argument("--kv-dtype", choices=("bfloat16", "float32", "int8"))
     add_model_options(many)
+    command.add(commands, add_model_options)
     return parser.parse_args(argv)
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="DIR", help="a checkpoint of either kind")
+def add_model_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    about = "a checkpoint of either kind"
+    parser.add_argument("--model", required=required, metavar="DIR", help=about)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--weights", choices=("int8",), help="half the memory of bfloat16")
 

@@ -175,9 +175,12 @@ def test_equal_pictures_are_prepared_once(model, monkeypatch, tmp_path):
     path, calls = tmp_path / "picture.png", []
     picture(3).save(path)
     original = prepare.resized_pixels
-    monkeypatch.setattr(
-        prepare, "resized_pixels", lambda *given: calls.append(given) or original(*given)
-    )
+
+    def counted(*given, **options):
+        calls.append(given)
+        return original(*given, **options)
+
+    monkeypatch.setattr(prepare, "resized_pixels", counted)
     sampling = Sampling(max_new_tokens=1)
     requests = [Request(f"Question {i}", [path], sampling=sampling) for i in range(8)]
     model(1, 1, 1).generate(requests, slots=4, max_length=256)

@@ -168,19 +168,27 @@ def video_prompt(video: Video, question: str, *, header: bool = True, labels: st
 
     `header` is the first line; `labels` are "times", "numbers" (`Frame-1: <image>`) or "none".
     """
-    if labels not in LABELS:
-        raise InputError(f"labels {labels!r}: use one of {', '.join(LABELS)}")
     if IMAGE_MARK in question:
         raise InputError(f"the question has {IMAGE_MARK}: a video's marks go in front, remove it")
-    marks = "".join(
-        LABELS[labels].format(time=time_text(time), number=number) + f"{IMAGE_MARK}\n"
-        for number, time in enumerate(video.times, 1)
-    )
-    opening = (
+    return (video_header(video) if header else "") + "".join(frame_marks(video, labels)) + question
+
+
+def video_header(video: Video) -> str:
+    """The line that tells how long the video is and how its frames were taken."""
+    return (
         f"The time range of this video is [00:00-{time_text(int(video.duration))[:-3]}], and the "
         f"following is a series of {len(video.frames)} frames sampled at {video.fps:.1f} FPS.\n"
     )
-    return (opening if header else "") + marks + question
+
+
+def frame_marks(video: Video, labels: str = "times") -> list[str]:
+    """A line for each frame: its label, as in `video_prompt`, and an <image> mark."""
+    if labels not in LABELS:
+        raise InputError(f"labels {labels!r}: use one of {', '.join(LABELS)}")
+    return [
+        LABELS[labels].format(time=time_text(time), number=number) + f"{IMAGE_MARK}\n"
+        for number, time in enumerate(video.times, 1)
+    ]
 
 
 def _pictures(source: VideoSource) -> list[ImageSource]:

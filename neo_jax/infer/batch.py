@@ -65,9 +65,30 @@ def run_batch(
       InputError: naming file and line: a file that cannot be used, two requests with one id, or
         answers to other requests or under other settings in `target`.
     """
-    source, target, defaults = Path(source), Path(target), without_nulls(defaults or {})
+    source, defaults = Path(source), without_nulls(defaults or {})
     request_from({"prompt": "", **defaults}, source.parent, {})  # says once what is wrong in them
     read = functools.partial(read_records, source, defaults, settings or {})
+    return answer_records(
+        read, source, target, serve, retry_errors=retry_errors, on_progress=on_progress
+    )
+
+
+def answer_records(
+    read: Callable[[], Iterator[Record]],
+    source: str | Path,
+    target: str | Path,
+    serve: Serve,
+    *,
+    retry_errors: bool = False,
+    on_progress: Callable[[Counts], None] = lambda counts: None,
+) -> Counts:
+    """As `run_batch`, of requests that come from anywhere.
+
+    Args:
+      read: gives the same records each time; it is called thrice.
+      source: the file they come from, for messages.
+    """
+    source, target = Path(source), Path(target)
     left = _survey(source, read())
     waiting: dict[int, Record] = {}
 

@@ -51,21 +51,23 @@ class Preparer:
         """Raises InputError for anything wrong with the request."""
         low = self._config.min_pixels if request.min_pixels is None else request.min_pixels
         high = self._config.max_pixels if request.max_pixels is None else request.max_pixels
+        pictures = [
+            self._picture(image, low, high, place < request.num_upscaled)
+            for place, image in enumerate(request.images)
+        ]
+        question = request.prompt
         if request.video is not None:
-            if request.images:
+            if request.images and request.lay_out is None:
                 raise InputError("give images or a video, not both")
             video = load_video(request.video, **request.video_options)
-            question, marks = video_prompt(video, request.prompt), len(video.frames)
-            pictures = [_cut(np.asarray(frame)) for frame in video.frames]
-        else:
-            question, marks = request.prompt, len(request.images)
-            pictures = [self._picture(image, low, high) for image in request.images]
+            question = (request.lay_out or video_prompt)(video, request.prompt)
+            pictures = [*(_cut(np.asarray(frame)) for frame in video.frames), *pictures]
         prompt = chat_prompt(
-            question, history=request.history, system=request.system, num_images=marks
+            question, history=request.history, system=request.system, num_images=len(pictures)
         )
         return self._prompt(prompt, pictures)
 
-    def _picture(self, image: ImageSource, low: int, high: int) -> Picture:
+    def _picture(self, image: ImageSource, low: int, high: int, upscale: bool) -> Picture:
         context = self._config.max_position_embeddings
         if low > context * IMAGE_FACTOR**2:  # before gigabytes are made of it
             raise InputError(
@@ -74,10 +76,10 @@ class Preparer:
             )
 
         def make() -> Picture:
-            return _cut(resized_pixels(image, low, high))
+            return _cut(resized_pixels(image, low, high, upscale=upscale))
 
         key = _source_key(image)
-        return make() if key is None else self._pictures((key, low, high), make)
+        return make() if key is None else self._pictures((key, low, high, upscale), make)
 
     def _prompt(self, prompt: str, pictures: Sequence[Picture]) -> Prepared:
         nothing = np.zeros((0, PATCH_CHANNELS), np.uint8), np.zeros((0, 2), np.int32)

@@ -1,11 +1,11 @@
 """What is asked and what is answered."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from neo_jax.data.image import ImageSource
-from neo_jax.data.video import VideoSource
+from neo_jax.data.video import Video, VideoSource
 from neo_jax.infer.sampling import Sampling
 
 
@@ -22,6 +22,10 @@ class Request:
     min_pixels: int | None = None  # of each resized image; default: the checkpoint's
     max_pixels: int | None = None
     video_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of `load_video`
+    # Makes the prompt of a video's frames and the question; with it, pictures may follow the
+    # frames. Default: `data.video.video_prompt`.
+    lay_out: Callable[[Video, str], str] | None = None
+    num_upscaled: int = 0  # so many pictures have their sides doubled before they are resized
 
 
 @dataclasses.dataclass(frozen=True)

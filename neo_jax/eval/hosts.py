@@ -1,0 +1,66 @@
+"""Several hosts as one run: who asks what, and what each has, known to all."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from neo_jax.config import ModelConfig
+from neo_jax.errors import InputError
+from neo_jax.sharding import make_mesh
+from neo_jax.weights.checkpoint import find_checkpoint
+from neo_jax.weights.published import open_published
+
+
+@dataclasses.dataclass(frozen=True)
+class Hosts:
+    """This process among all that share the rows."""
+
+    index: int = 0
+    count: int = 1
+
+    def gather(self, data: bytes) -> list[bytes]:
+        """What each host gave, in their order. All must call it, as often as each other."""
+        if self.count == 1:
+            return [data]
+        sizes = multihost_utils.process_allgather(np.array([len(data)], np.int32))
+        padded = np.zeros(max(int(sizes.max()), 1), np.uint8)
+        padded[: len(data)] = np.frombuffer(data, np.uint8)
+        rows = multihost_utils.process_allgather(padded).reshape(self.count, -1)
+        return [
+            row[:size].tobytes() for row, size in zip(rows, sizes.reshape(-1).tolist(), strict=True)
+        ]
+
+
+def join() -> Hosts:
+    """Joins the other processes, if this is one of several: on a pod, or as the variables say.
+
+    JAX_COORDINATOR_ADDRESS (host:port of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    """
+    if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
+        try:
+            count, number = (int(os.environ[f"JAX_{n}"]) for n in ("NUM_PROCESSES", "PROCESS_ID"))
+        except (KeyError, ValueError) as error:
+            raise InputError(
+                "JAX_COORDINATOR_ADDRESS is set: set JAX_NUM_PROCESSES and JAX_PROCESS_ID to "
+                "numbers too"
+            ) from error
+        jax.distributed.initialize(address, count, number)
+    elif "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+        jax.distributed.initialize()  # it asks the cloud
+    return Hosts(jax.process_index(), jax.process_count())
+
+
+def config_of(model: str | Path) -> ModelConfig:
+    """The configuration of a directory of either kind; its weights are not read."""
+    checkpoint = find_checkpoint(model)
+    return checkpoint.config if checkpoint else open_published(model)[0]
+
+
+def local_mesh(config: ModelConfig) -> Mesh:
+    """A mesh of this host's devices alone: each host has the model for itself."""
+    return make_mesh(None, jax.local_devices(), num_key_value_heads=config.num_key_value_heads)
