@@ -1,0 +1,91 @@
+"""How long the attention kernels take: visited blocks of a packing times counted cycles.
+
+The compiler makes no estimate of a kernel. `kernel_cycles.json` has the instruction bundles of each
+kernel's steps, counted in the final program (benchmarks/kernel_cycles.py).
+"""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+
+from neo_jax.config import ModelConfig
+from neo_jax.plan.chips import Chip
+from neo_jax.plan.hlo import Instruction
+from neo_jax.plan.packing import Row, visited
+
+TABLE = Path(__file__).with_name("kernel_cycles.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """Of one kernel on one chip. A step takes a visit of all query heads that share a key head."""
+
+    block_q: int
+    block_k: int
+    masked: float  # cycles of one query head
+    full: float  # the same, where no mask is needed
+    step: float  # cycles of a step, whatever it computes
+
+    def cycles(self, visits: float, whole: float, groups: int, heads_of_group: int) -> float:
+        """Of visits, of which `whole` need no mask, of so many groups of query heads."""
+        bodies = (visits - whole) * self.masked + whole * self.full
+        return groups * (heads_of_group * bodies + visits * self.step)
+
+
+@functools.cache
+def table() -> dict[str, dict[str, Steps]]:
+    """Kernel to chip to what its steps take."""
+    kernels = json.loads(TABLE.read_text())["kernels"]
+    return {
+        kernel: {chip: Steps(**numbers) for chip, numbers in chips.items()}
+        for kernel, chips in kernels.items()
+    }
+
+
+def kernel_name(one: Instruction) -> str | None:
+    """Which kernel of the table a call is of: the longest name that it has in it."""
+    where = f"{one.name} {one.op_name} {one.attributes[:400]}"
+    return max((name for name in table() if name in where), key=len, default=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """Attention on one device, of one call of a kernel."""
+
+    chip: Chip
+    rows: tuple[Row, ...]  # sampled rows of the packing
+    rows_per_call: float  # that one device computes in a call; a part of one with context parallel
+    groups: int  # key heads of a device
+    heads_of_group: int
+
+    def seconds(self, one: Instruction) -> float | None:
+        """Mean over the sampled rows; None for a kernel that is not in the table."""
+        steps = table().get(kernel_name(one) or "", {}).get(self.chip.name)
+        if steps is None:
+            return None
+        visits, whole = self._visits(steps.block_q, steps.block_k).mean(axis=0)
+        cycles = steps.cycles(visits, whole, self.groups, self.heads_of_group)
+        return self.rows_per_call * cycles / self.chip.clock
+
+    @functools.cached_property
+    def imbalance(self) -> float:
+        """Visits of the fullest sampled row, per visits of the mean one: what all wait for."""
+        steps = next(iter(table().values()))[self.chip.name]
+        visits = self._visits(steps.block_q, steps.block_k)[:, 0]
+        return float(visits.max() / visits.mean())
+
+    def _visits(self, block_q: int, block_k: int) -> np.ndarray:
+        return np.array([visited(row, block_q, block_k) for row in self.rows], float)
+
+
+def attention(
+    chip: Chip, c: ModelConfig, rows: tuple[Row, ...], rows_per_call: float, tensor: int
+) -> Attention:
+    """Of a model whose heads are split over `tensor` devices."""
+    groups = max(1, c.num_key_value_heads // tensor)
+    return Attention(
+        chip, rows, rows_per_call, groups, c.num_attention_heads // c.num_key_value_heads
+    )

@@ -1,0 +1,54 @@
+"""What a device of each TPU generation has, and the compiler's options for it: one table.
+
+A device is what JAX calls one: a chip, but half a chip on v7x. Sources: the TPU pages of the Google
+Cloud documentation (v5e, v5p, v6e, TPU7x) for FLOPs, memory and links; `usable_gib` is the limit
+that the compiler itself names when a program does not fit. The clock is the one that gives the
+documented FLOPs with the products that the compiler counts per cycle, and turns its cycles into
+seconds.
+"""
+
+import dataclasses
+
+from neo_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    name: str
+    spelling: str  # of the compiler, in topologies
+    flops: float  # dense bfloat16, per second of a device
+    clock: float  # cycles per second
+    usable_gib: float  # HBM of a device that a program can have
+    hbm_bandwidth: float  # bytes per second of a device
+    link_bandwidth: float  # bytes per second of one link between neighbours, one way
+    ring: int  # a dimension of the slice that is a multiple of this is closed to a ring
+    vmem_mib: int
+    host_devices: int  # devices of one host of a full slice
+    options: tuple[tuple[str, str], ...]  # of the compiler, for training and serving
+
+    @property
+    def libtpu_args(self) -> str:
+        """The options as the LIBTPU_INIT_ARGS of a run."""
+        return " ".join(f"--{name}={value}" for name, value in self.options)
+
+
+# The gathers that the compiler hands to the SparseCore are a few rows of the embedding; with them a
+# program compiled with jaxlib 0.10.2 and libtpu 0.0.52 cannot be printed, so plans do without.
+_NO_SPARSE_CORE = ("xla_tpu_offload_gather_to_sparsecore", "false")
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v5e", "v5e", 197e12, 1.5e9, 15.75, 819e9, 45e9, 16, 128, 8, ()),
+        Chip("v5p", "v5p", 459e12, 1.75e9, 95.73, 2765e9, 90e9, 4, 64, 4, (_NO_SPARSE_CORE,)),
+        Chip("v6e", "v6e", 918e12, 1.75e9, 31.24, 1638e9, 90e9, 16, 128, 8, (_NO_SPARSE_CORE,)),
+        Chip("v7x", "tpu7x", 1153.5e12, 2.2e9, 94.74, 3690e9, 90e9, 4, 64, 8, (_NO_SPARSE_CORE,)),
+    )
+}
+
+
+def find_chip(name: str) -> Chip:
+    """Raises InputError for a generation that is not in the table."""
+    if name not in CHIPS:
+        raise InputError(f"{name!r}: no such TPU; there are {', '.join(CHIPS)}")
+    return CHIPS[name]
