@@ -71,6 +71,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     mixes = [*MIXES, CAUSAL]
     add("--packing", default="sft", choices=mixes, help="kind of data; default sft")
     add("--option", action="append", default=[], metavar="NAME=VALUE", help="of the TPU compiler")
+    add("--no-flags", action="store_true", help="leave out the chip's own flags: compiles faster")
     add("--search", action="store_true", help="try meshes, remat and micro-batches; rank them")
     add("--most", type=positive, default=12, metavar="N", help="programs that a search compiles")
     add("--serve", action="store_true", help="plan prefill and decode instead of training")
@@ -124,6 +125,7 @@ def run(args: argparse.Namespace) -> int:
             weights=args.weights,
             name=name,
             options=options,
+            with_flags=not args.no_flags,
             use_cache=not args.no_cache,
         )
     elif args.search:
@@ -136,6 +138,7 @@ def run(args: argparse.Namespace) -> int:
             packing=args.packing,
             name=name,
             options=options,
+            with_flags=not args.no_flags,
             use_cache=not args.no_cache,
         )
         plans = [plan]

@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import json
 import os
+import zlib
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -41,7 +42,7 @@ def load(name: str) -> Compiled | None:
     try:
         with gzip.open(directory() / f"{name}.json.gz", "rt") as file:
             kept = json.load(file)
-    except (OSError, EOFError, ValueError):
+    except (OSError, EOFError, ValueError, zlib.error):
         return None
     memory = Memory(**kept["memory"]) if kept["memory"] else None
     rest = {field: value for field, value in kept.items() if field not in ("memory", "request")}

@@ -24,25 +24,52 @@ class Chip:
     ring: int  # a dimension of the slice that is a multiple of this is closed to a ring
     vmem_mib: int
     host_devices: int  # devices of one host of a full slice
-    options: tuple[tuple[str, str], ...]  # of the compiler, for training and serving
+    flags: tuple[tuple[str, str], ...]  # of the compiler, for runs and for plans
+    to_read: tuple[tuple[str, str], ...]  # for plans only
 
     @property
     def libtpu_args(self) -> str:
-        """The options as the LIBTPU_INIT_ARGS of a run."""
-        return " ".join(f"--{name}={value}" for name, value in self.options)
+        """The flags as the LIBTPU_INIT_ARGS of a run."""
+        return " ".join(f"--{name}={value}" for name, value in self.flags)
+
+    def options(self, with_flags: bool = True) -> dict[str, str]:
+        """Of the compiler, for plans."""
+        return dict(self.to_read) | (dict(self.flags) if with_flags else {})
 
 
-# The gathers that the compiler hands to the SparseCore are a few rows of the embedding; with them a
-# program compiled with jaxlib 0.10.2 and libtpu 0.0.52 cannot be printed, so plans do without.
-_NO_SPARSE_CORE = ("xla_tpu_offload_gather_to_sparsecore", "false")
+# How much VMEM a fusion may use. By the compiler's own estimate half of a v5e's or v6e's takes a
+# sixth of the cycles off a step; compiling takes several times as long.
+_VMEM = (("xla_tpu_scoped_vmem_limit_kib", "65536"),)
+
+# What the compiler hands to the SparseCore it cannot print (jaxlib 0.10.2 with libtpu 0.0.52), so
+# plans keep it on the TensorCore: gathers of embedding rows, and on v7x collectives, which a real
+# run can hide better than its plan says.
+_GATHERS = (("xla_tpu_offload_gather_to_sparsecore", "false"),)
+_COLLECTIVES = tuple(
+    (f"xla_tpu_enable_sparse_core_collective_offload_{kind}", "false")
+    for kind in ("all_gather", "all_reduce", "reduce_scatter")
+)
 
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v5e", "v5e", 197e12, 1.5e9, 15.75, 819e9, 45e9, 16, 128, 8, ()),
-        Chip("v5p", "v5p", 459e12, 1.75e9, 95.73, 2765e9, 90e9, 4, 64, 4, (_NO_SPARSE_CORE,)),
-        Chip("v6e", "v6e", 918e12, 1.75e9, 31.24, 1638e9, 90e9, 16, 128, 8, (_NO_SPARSE_CORE,)),
-        Chip("v7x", "tpu7x", 1153.5e12, 2.2e9, 94.74, 3690e9, 90e9, 4, 64, 8, (_NO_SPARSE_CORE,)),
+        Chip("v5e", "v5e", 197e12, 1.5e9, 15.75, 819e9, 45e9, 16, 128, 8, _VMEM, ()),
+        Chip("v5p", "v5p", 459e12, 1.75e9, 95.73, 2765e9, 90e9, 4, 64, 4, (), _GATHERS),
+        Chip("v6e", "v6e", 918e12, 1.75e9, 31.24, 1638e9, 90e9, 16, 128, 8, _VMEM, _GATHERS),
+        Chip(
+            "v7x",
+            "tpu7x",
+            1153.5e12,
+            2.2e9,
+            94.74,
+            3690e9,
+            90e9,
+            4,
+            64,
+            8,
+            (),
+            _GATHERS + _COLLECTIVES,
+        ),
     )
 }
 

@@ -50,8 +50,8 @@ class Network:
             arrays = arrays[len(arrays) // 2 :]
         elif one.op == "collective-permute-start":
             arrays = arrays[1:2]
-        members = self._members(one)
-        count = len(members)
+        group = members(one.attributes, len(self._devices))
+        count = len(group)
         sizes = [array.bytes * (count if kind == "reduce-scatter" else 1) for array in arrays]
         total, others = sum(sizes), (count - 1) / count if count else 0
         kind = "reduce-scatter" if is_scattered else kind
@@ -60,42 +60,42 @@ class Network:
             sent *= 2
         elif kind in ("collective-permute", "collective-broadcast"):
             sent = total
-        key = tuple(members)
+        key = tuple(group)
         if key not in self._bandwidth:
-            group = [self._devices[member] for member in members]
-            self._bandwidth[key] = self._topology.bandwidth(group)
+            devices = [self._devices[member] for member in group]
+            self._bandwidth[key] = self._topology.bandwidth(devices)
         seconds = sent / self._bandwidth[key]
-        axes = self._axes(members)
+        axes = self._axes(group)
         return Collective(kind, axes, count, total, max(sizes), sent, seconds, one.op_name)
 
-    def _members(self, one: Instruction) -> list[int]:
-        """Numbers in the mesh of the first group's devices."""
-        text = one.attributes
-        pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", text)
-        if pairs:
-            return sorted({int(pairs[1]), int(pairs[2])})
-        listed = re.search(r"replica_groups=\{\{([\d,]+)\}", text)
-        if listed:
-            return [int(number) for number in listed[1].split(",")]
-        iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
-        if iota:
-            shape, dims = (_numbers(iota[i]) for i in (1, 2))
-            numbers = np.arange(math.prod(dims)).reshape(dims)
-            if iota[3]:
-                numbers = numbers.transpose(_numbers(iota[3]))
-            return numbers.reshape(shape)[0].tolist()
-        named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text)
-        if named:
-            return _of_named(named[1], named[2])
-        return list(range(len(self._devices)))
-
-    def _axes(self, members: list[int]) -> tuple[str, ...]:
-        places = np.array(np.unravel_index(members, self._mesh.devices.shape))
+    def _axes(self, group: list[int]) -> tuple[str, ...]:
+        places = np.array(np.unravel_index(group, self._mesh.devices.shape))
         return tuple(
             name
             for name, along in zip(self._mesh.axis_names, places, strict=True)
             if len(set(along.tolist())) > 1
         )
+
+
+def members(text: str, count: int) -> list[int]:
+    """Numbers in the mesh, of `count` devices, of the first group's."""
+    pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", text)
+    if pairs:
+        return sorted({int(pairs[1]), int(pairs[2])})
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", text)
+    if listed:
+        return [int(number) for number in listed[1].split(",")]
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if iota:
+        shape, dims = (_numbers(iota[i]) for i in (1, 2))
+        numbers = np.arange(math.prod(dims)).reshape(dims)
+        if iota[3]:
+            numbers = numbers.transpose(_numbers(iota[3]))
+        return numbers.reshape(shape)[0].tolist()
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text)
+    if named:
+        return _of_named(named[1], named[2])
+    return list(range(count))
 
 
 def inside(module: Module, fusion: Instruction) -> tuple[list[Instruction], set[str]]:

@@ -16,21 +16,21 @@ def draw(plans: Sequence[Plan], path: str) -> None:
     from matplotlib.figure import Figure
 
     shown = [plan for plan in plans if plan.times] or list(plans)
-    figure = Figure(figsize=(13, 2.2 + 0.8 * len(shown)), layout="constrained")
+    figure = Figure(figsize=(13, 3.2 + 0.8 * len(shown)), layout="constrained")
     memory, time = figure.subplots(1, 2)
     labels = [f"{plan.program}, {plan.topology}\n{_settings(plan)}" for plan in shown]
     _bars(memory, labels, [{k: v / GIB for k, v in plan.memory.kinds.items()} for plan in shown])
     memory.set_xlabel("GiB of a device")
     for limit in {plan.memory.limit / GIB for plan in shown}:
         memory.axvline(limit, color="black", linestyle="--", label=f"limit {limit:.2f}")
-    memory.legend(fontsize="small")
+    _legend(memory)
     _bars(time, labels, [_times(plan) for plan in shown])
     time.set_yticklabels([])
     time.set_xlabel("ms of a step, a bound")
     for place, plan in enumerate(shown):
         if plan.mfu:
             time.text(0, place + 0.42, f"MFU at most {plan.mfu:.1%}", fontsize="small", va="bottom")
-    time.legend(fontsize="small")
+    _legend(time)
     figure.suptitle(f"{shown[0].name}\n{NOTICE}", fontsize="small", wrap=True)
     figure.savefig(path, dpi=120, format="png")
 
@@ -58,3 +58,7 @@ def _bars(axes, labels: list[str], parts: list[dict[str, float]]) -> None:
         axes.barh(range(len(labels)), widths, left=left, height=0.6, label=name)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     axes.set_yticks(range(len(labels)), labels, fontsize="small")
+
+
+def _legend(axes) -> None:
+    axes.legend(fontsize="small", ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.25))

@@ -84,7 +84,7 @@ def packed(mix: str, length: int, count: int) -> tuple[Row, ...]:
       InputError: for a mix that is not there, or of which no document fits.
     """
     if mix == CAUSAL:
-        return (_row([[(TEXT, length)]], length),) * count
+        return (build([[(TEXT, length)]], length),) * count
     if mix not in MIXES:
         raise InputError(f"packing {mix!r}: use one of {', '.join([*MIXES, CAUSAL])}")
     rows, opened = [], [[] for _ in range(OPEN_ROWS)]
@@ -94,7 +94,7 @@ def packed(mix: str, length: int, count: int) -> tuple[Row, ...]:
         fitting = [i for i in range(OPEN_ROWS) if size <= room[i]]
         if not fitting:  # the fullest is closed
             place = int(np.argmin(room))
-            rows.append(_row(opened[place], length))
+            rows.append(build(opened[place], length))
             opened[place], room[place] = [document], length - size
             if len(rows) == count:
                 return tuple(rows)
@@ -115,7 +115,8 @@ def _documents(mix: str, length: int) -> Iterator[Document]:
     raise InputError(f"packing {mix!r}: no document fits into rows of {length} tokens")
 
 
-def _row(documents: list[Document], length: int) -> Row:
+def build(documents: list[Document], length: int) -> Row:
+    """A row of documents, one after the other, then padding."""
     start = np.arange(length)  # padding sees itself
     end, place, image_tokens = start + 1, 0, 0
     for document in documents:

@@ -124,7 +124,12 @@ def _apart(args: argparse.Namespace, c: Config, topology: str) -> Plan:
         command += ["--json", str(path), "--packing", args.packing]
         command += ["--mesh", "x".join(map(str, c.mesh)), "--remat", c.remat]
         command += ["--micro-batches", str(c.micro_batches), "--rows", str(c.data.rows)]
-        command += ["--length", str(c.data.length), *["--no-cache"] * args.no_cache]
+        command += [
+            "--length",
+            str(c.data.length),
+            *["--no-cache"] * args.no_cache,
+            *["--no-flags"] * args.no_flags,
+        ]
         for option in args.option:
             command += ["--option", option]
         ended = subprocess.run(command, capture_output=True, text=True)

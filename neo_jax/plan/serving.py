@@ -38,6 +38,7 @@ def plan_serving(
     weights: str | None = None,
     name: str = "",
     options: dict[str, str] | None = None,
+    with_flags: bool = True,
     use_cache: bool = True,
 ) -> list[Plan]:
     """Compiles prefill and decode for a slice and reads what they need.
@@ -48,6 +49,8 @@ def plan_serving(
       max_length: tokens of a slot.
       prefill: tokens of a prefill, on each device of the batch axes.
       weights: "int8" or None.
+      options: of the compiler.
+      with_flags: also those of `chips.py`, with which runs should be started.
 
     Raises:
       InputError: when the compiler is missing, or mesh, slots and model do not divide.
@@ -58,7 +61,7 @@ def plan_serving(
     if slots % parts:
         raise InputError(f"--slots {slots}: the mesh splits them over {parts}, use a multiple")
     serving = _Serving(model, slice_, placed, slots, max_length, prefill, kv_dtype, weights)
-    options = dict(slice_.chip.options) | (options or {})
+    options = slice_.chip.options(with_flags) | (options or {})
     return [serving.plan(which, name, options, use_cache) for which in ("prefill", "decode")]
 
 
@@ -166,7 +169,7 @@ class _Serving:
         if made.memory is None:
             return MemoryUse(kinds, 0, limit)
         known, sizes = sum(kinds.values()), made.memory
-        kinds["padding, other arguments"] = sizes.arguments - known
+        kinds["arguments: padding, unused"] = sizes.arguments - known
         kinds["results"] = sizes.outputs - sizes.alias
         kinds["temporaries"] = sizes.temporaries
         return MemoryUse(kinds, sizes.total, limit)

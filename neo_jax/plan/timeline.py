@@ -111,7 +111,7 @@ class _Walk:
             clock.now += trips * self.run(self.module[one.called("body")], times * trips)
 
     def _call(self, one: Instruction, times: float) -> float:
-        """Of a conditional's branches the one that takes longest is what is waited for."""
+        """A conditional is its quickest branch: times are bounds."""
         if one.op == "call":
             return self.run(self.module[one.called("to_apply")], times)
         whole, found = self.totals, []
@@ -119,8 +119,8 @@ class _Walk:
             self.totals = Totals(collections.defaultdict(float))
             found.append((self.run(self.module[name], times), self.totals))
         self.totals = whole
-        seconds, longest = max(found, key=lambda pair: pair[0])
-        whole.add(longest)
+        seconds, quickest = min(found, key=lambda pair: pair[0])
+        whole.add(quickest)
         return seconds
 
     def _kernel(self, one: Instruction, times: float) -> float:

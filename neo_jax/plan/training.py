@@ -40,6 +40,7 @@ def plan_training(
     packing: str = "sft",
     name: str = "",
     options: dict[str, str] | None = None,
+    with_flags: bool = True,
     use_cache: bool = True,
 ) -> Plan:
     """Compiles the train step of a config for a slice and reads what it needs.
@@ -49,7 +50,8 @@ def plan_training(
       topology: such as "v5e:16x16" or "v5e-256".
       model: of a config that starts from a checkpoint; default: `config.model`.
       packing: the kind of data, one of `packing.MIXES`.
-      options: of the compiler, besides the chip's (`chips.py`).
+      options: of the compiler.
+      with_flags: also those of `chips.py`, with which runs should be started.
 
     Raises:
       InputError: when the compiler is missing, does not know the slice or an option, or mesh, rows
@@ -64,7 +66,7 @@ def plan_training(
     with jax.set_mesh(mesh):
         state, batch = training_arguments(config, model, mesh)
     rows = packed(packing, config.data.length, SAMPLED_ROWS)
-    all_options = dict(slice_.chip.options) | (options or {})
+    all_options = slice_.chip.options(with_flags) | (options or {})
     request = _request(config, model, slice_, mesh, all_options)
     key = cache.key(request)
     program = cache.load(key) if use_cache else None
@@ -85,6 +87,7 @@ def plan_training(
             "micro_batches": config.micro_batches,
             "remat": config.remat,
             "packing": packing,
+            "compiler": _spelled(all_options),
         },
         memory=_memory(program, state, batch, slice_),
         compile_seconds=program.seconds,
@@ -156,6 +159,10 @@ def describe(mesh: Mesh) -> str:
     return " x ".join(sizes) or "1 device"
 
 
+def _spelled(options: dict[str, str]) -> str:
+    return " ".join(f"{name}={value}" for name, value in options.items()) or "as it is"
+
+
 def tensor_size(mesh: Mesh) -> int:
     """Over how many devices heads are split."""
     return math.prod(mesh.shape[axis] for axis in costs.axis_names("heads"))
@@ -184,7 +191,7 @@ def _memory(program: Compiled, state: dict, batch: dict, slice_: Topology) -> Me
     if program.memory is None:
         return MemoryUse(kinds, 0, limit)
     known, sizes = sum(kinds.values()), program.memory
-    kinds["padding of arguments"] = sizes.arguments - known
+    kinds["arguments: padding, unused"] = sizes.arguments - known
     kinds["results"] = sizes.outputs - sizes.alias
     kinds["temporaries, activations"] = sizes.temporaries
     return MemoryUse(kinds, sizes.total, limit)
