@@ -42,36 +42,25 @@ class Chip:
 _VMEM = (("xla_tpu_scoped_vmem_limit_kib", "65536"),)
 
 # What the compiler hands to the SparseCore it cannot print (jaxlib 0.10.2 with libtpu 0.0.52), so
-# plans keep it on the TensorCore: gathers of embedding rows, and on v7x collectives, which a real
-# run can hide better than its plan says.
+# plans keep it on the TensorCore: gathers of embedding rows, and on v7x collectives too, which
+# a real run can hide better than its plan says.
 _GATHERS = (("xla_tpu_offload_gather_to_sparsecore", "false"),)
-_COLLECTIVES = tuple(
-    (f"xla_tpu_enable_sparse_core_collective_offload_{kind}", "false")
-    for kind in ("all_gather", "all_reduce", "reduce_scatter")
+_ALL_OFFLOADS = (
+    *_GATHERS,
+    ("xla_tpu_enable_offloading_scatter_to_sparsecore", "false"),
+    *(
+        (f"xla_tpu_enable_sparse_core_collective_offload_{kind}", "false")
+        for kind in ("all_gather", "all_reduce", "reduce_scatter")
+    ),
 )
 
-CHIPS = {
-    chip.name: chip
-    for chip in (
-        Chip("v5e", "v5e", 197e12, 1.5e9, 15.75, 819e9, 45e9, 16, 128, 8, _VMEM, ()),
-        Chip("v5p", "v5p", 459e12, 1.75e9, 95.73, 2765e9, 90e9, 4, 64, 4, (), _GATHERS),
-        Chip("v6e", "v6e", 918e12, 1.75e9, 31.24, 1638e9, 90e9, 16, 128, 8, _VMEM, _GATHERS),
-        Chip(
-            "v7x",
-            "tpu7x",
-            1153.5e12,
-            2.2e9,
-            94.74,
-            3690e9,
-            90e9,
-            4,
-            64,
-            8,
-            (),
-            _GATHERS + _COLLECTIVES,
-        ),
-    )
-}
+_TABLE = (
+    ("v5e", "v5e", 197e12, 1.5e9, 15.75, 819e9, 45e9, 16, 128, 8, _VMEM, ()),
+    ("v5p", "v5p", 459e12, 1.75e9, 95.73, 2765e9, 90e9, 4, 64, 4, (), _GATHERS),
+    ("v6e", "v6e", 918e12, 1.75e9, 31.24, 1638e9, 90e9, 16, 128, 8, _VMEM, _GATHERS),
+    ("v7x", "tpu7x", 1153.5e12, 2.2e9, 94.74, 3690e9, 90e9, 4, 64, 8, (), _ALL_OFFLOADS),
+)
+CHIPS = {row[0]: Chip(*row) for row in _TABLE}
 
 
 def find_chip(name: str) -> Chip:

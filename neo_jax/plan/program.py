@@ -45,7 +45,7 @@ class Memory:
 @dataclasses.dataclass(frozen=True)
 class Compiled:
     memory: Memory | None  # None: it does not fit, and `problem` says so
-    text: str  # of the final program; "" if there is none
+    text: str  # of the final program; "" if there is none, or it cannot be printed
     seconds: float  # that lowering and compiling took
     rematerialized: tuple[str, ...]  # arrays that the compiler gathers whole against our will
     problem: str = ""  # why there is no program
@@ -76,7 +76,11 @@ def compiled(lower: Callable[[], jax.stages.Lowered], options: dict[str, str]) -
         sizes.alias_size_in_bytes,
         sizes.temp_size_in_bytes,
     )
-    return Compiled(memory, program.as_text(), seconds, warnings)
+    try:
+        text = program.as_text()
+    except jax.errors.JaxRuntimeError:  # the compiler has things that it cannot print
+        text = ""
+    return Compiled(memory, text, seconds, warnings)
 
 
 def _reason(error: str) -> str:

@@ -52,6 +52,7 @@ def _memory(plan: Plan) -> Iterator[str]:
 def _body(plan: Plan) -> Iterator[str]:
     times = plan.times
     if times is None:
+        yield from _failures(plan)
         return
     yield "\nwork of a device and step"
     if plan.model_flops:
@@ -86,6 +87,10 @@ def _body(plan: Plan) -> Iterator[str]:
     for name, value in plan.notes.items():
         if value or value == 0.0:
             yield f"{name:{_WIDTH}} {_said(value)}"
+    yield from _failures(plan)
+
+
+def _failures(plan: Plan) -> Iterator[str]:
     for warning in plan.warnings:
         yield f"FAILURE: {warning}"
 

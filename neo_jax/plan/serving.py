@@ -18,7 +18,7 @@ from neo_jax.plan.packing import CAUSAL, packed
 from neo_jax.plan.program import Compiled, compiled, device_bytes, place
 from neo_jax.plan.result import GIB, MemoryUse, Plan
 from neo_jax.plan.topology import Topology, find_topology
-from neo_jax.plan.training import describe, tensor_size
+from neo_jax.plan.training import UNREADABLE, describe, tensor_size
 from neo_jax.sharding import batch_rows, spec
 from neo_jax.train.metrics import flops_per_batch
 from neo_jax.weights.place import param_target
@@ -106,6 +106,8 @@ class _Serving:
             return dataclasses.replace(
                 plan, problem=made.problem, advice=f"{advice} or a larger tensor size of the mesh"
             )
+        if not made.text:
+            return dataclasses.replace(plan, warnings=(UNREADABLE,))
         return self._with_costs(plan, made, params, state)
 
     def _params(self) -> dict:

@@ -26,6 +26,7 @@ from neo_jax.weights.checkpoint import find_checkpoint
 from neo_jax.weights.published import open_published
 
 SAMPLED_ROWS = 64
+UNREADABLE = "the compiler cannot print this program: memory is known, times are not"
 # Settings that change nothing in the program.
 _NOT_IN_PROGRAM = ("workdir", "start", "tokenizer", "data", "held_out", "log_every", "eval_every",
                    "eval_batches", "save_every", "keep", "keep_every", "profile", "seed",
@@ -95,6 +96,8 @@ def plan_training(
     )
     if program.problem:
         return dataclasses.replace(plan, problem=program.problem, advice=_advice(config))
+    if not program.text:
+        return dataclasses.replace(plan, warnings=(UNREADABLE,))
     return _with_costs(plan, program, config, model, mesh, slice_, rows)
 
 
