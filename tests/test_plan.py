@@ -16,6 +16,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from benchmarks import kernel_cycles
 from configs import models, tiny_shapes
 from configs.pods import PODS
 from neo_jax.kernels.intervals import intervals
@@ -292,6 +293,30 @@ def test_frozen_weights_need_no_gradients():
     without = costs.model_flops(c, (r"(?!post_llm/mlp).*",), rows)
     mlp = 3 * c.hidden_size * c.intermediate_size * c.num_post_llm_layers
     assert whole - without == 2 * tokens * mlp
+
+
+BUNDLES = """
+= control target key start
+LB: loop body
+     0   :  { %s1 = smov.u32 0 }
+   0x1 LB: > { %s2 = sld [smem:[#a]] }
+   0x2   : > { %9 = sbr.rel (%p1) target = $region4 }
+  0x10 PF: > { %s3 = sand.u32 1, %s2 } /* Start/End empty region 4 :: Start region 5 */
+  0x12   : > { %10 = sbr.rel (%p2) target = $region8 }
+ 0x112 PF: > { %s4 = sand.u32 1, %s2 } /* Start/End empty region 8 :: Start region 9 */
+ 0x114   : > { %11 = sbr.rel (%p3) target = $region12 }
+ 0x1f4 PF: > { %s5 = sadd.s32 1, %s2 } /* Start/End empty region 12 */
+ 0x1ff   :  { %12 = sbr.rel (!%p4) target = $region2 }
+ 0x205   :  { %13 = vsyncpa [#a], 1 }
+"""
+
+
+def test_bundles_of_a_kernel_are_those_of_its_bodies_and_the_rest():
+    counts = kernel_cycles.count(BUNDLES.replace("sld [", "sld /* Start region 2 */ ["))
+    assert (counts.masked, counts.full) == (0x100, 0xE0)
+    assert counts.step == 0x1FF - 0x1 - 0x100 - 0xE0
+    with raises("no loop"):
+        kernel_cycles.count("   0x1   :  { %s1 = smov.u32 0 }")
 
 
 # ---- plans

@@ -1,0 +1,195 @@
+"""Counts what the steps of the attention kernels take on each TPU, in instruction bundles.
+
+The TPU compiler writes the final program of a kernel as bundles, one a cycle when nothing stalls.
+They are the same in every compilation, so they can be compared with a budget, without a TPU:
+
+python -m benchmarks.kernel_cycles --chips v5e,v6e            exits 1 if a kernel grew by over 2 %
+python -m benchmarks.kernel_cycles --write                    makes today's counts the budget
+
+The budget is `neo_jax/plan/kernel_cycles.json`, from which plans take the time of attention.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from neo_jax.errors import InputError
+from neo_jax.plan.attention import TABLE, Steps
+from neo_jax.plan.chips import CHIPS
+from neo_jax.plan.kernels import KERNELS
+
+SLICES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "v7x": "v7x:2x2x1"}
+TOLERANCE = 0.02
+LENGTH, GROUPS, QK_WIDTH, V_WIDTH = 4096, 2, 256, 128
+
+_BUNDLE = re.compile(r"^\s*0x([0-9a-f]+)\s+([A-Z]{2})?\s*:")
+_BRANCH = re.compile(r"sbr\.rel .*target = \$region(\d+)")
+_REGION = re.compile(r"Start(?:/End empty)? region (\d+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """Bundles of the loop over steps."""
+
+    masked: int
+    full: int
+    step: int  # of the rest, but for long work of a row's first or last step
+
+
+def count(text: str) -> Counts:
+    """Reads a kernel's final bundles: its two largest predicated regions are the step's bodies.
+
+    Raises:
+      InputError: when the loop is not as expected.
+    """
+    places, branches, first = {}, [], None
+    for line in text.split("\n"):
+        found = _BUNDLE.match(line)
+        if not found:
+            continue
+        place = int(found[1], 16)
+        for region in _REGION.findall(line):
+            places.setdefault(int(region), place)
+        if found[2] == "LB" and first is None:
+            first = place
+        if branch := _BRANCH.search(line):
+            branches.append((place, int(branch[1])))
+    inside = [(place, region) for place, region in branches if first is not None and place > first]
+    if not inside:
+        raise InputError("the kernel's bundles have no loop: has its shape changed?")
+    back = max(place for place, _ in inside)
+    skipped = [(place, places[region]) for place, region in inside if places[region] > place]
+    large = [(a, b) for a, b in skipped if b - a > (back - first) // 8]
+    bodies = [
+        one
+        for one in large
+        if not any(one != two and one[0] <= two[0] and two[1] <= one[1] for two in large)
+    ]
+    if len(bodies) != 2:
+        raise InputError(f"the kernel's step has {len(bodies)} bodies, not one with a mask and one "
+                         "without: has its shape changed?")  # fmt: skip
+    full, masked = sorted(b - a for a, b in bodies)
+    rest = set(range(first, back))
+    for a, b in skipped:
+        is_long = b - a > masked // 8  # as at the first and last step of a row
+        if (a, b) in bodies or (is_long and not any(a < c and d <= b for c, d in bodies)):
+            rest -= set(range(a, b))
+    return Counts(masked, full, len(rest))
+
+
+def measured(chip: str, group: int) -> dict[str, Steps]:
+    """Compiles the kernels for a chip, with `group` query heads to a key head."""
+    found = {}
+    with tempfile.TemporaryDirectory() as directory:
+        arguments = f"--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true"
+        environment = os.environ | {"LIBTPU_INIT_ARGS": arguments}
+        command = [sys.executable, "-m", "benchmarks.kernel_cycles", "--compile", chip]
+        ended = subprocess.run(
+            [*command, "--group", str(group)], env=environment, capture_output=True, text=True
+        )
+        if ended.returncode:
+            raise InputError(f"{chip}: {ended.stderr.strip().splitlines()[-1]}")
+        for name, kernel in KERNELS.items():
+            files = sorted(Path(directory).glob(f"*{name}*final_bundles.txt"))
+            files = [file for file in files if "schedule-analysis" not in file.name]
+            if not files:
+                continue
+            counts = count(files[-1].read_text())
+            pairs = kernel.block_q * kernel.block_k
+            least = kernel.flops_per_pair * pairs * CHIPS[chip].clock / CHIPS[chip].flops
+            found[name] = Steps(
+                block_q=kernel.block_q,
+                block_k=kernel.block_k,
+                masked=round(max(counts.masked / group, least)),
+                full=round(max(counts.full / group, least)),
+                step=counts.step,
+            )
+    if not found:
+        raise InputError(f"{chip}: the program has none of the kernels {', '.join(KERNELS)}")
+    return found
+
+
+def compile_kernels(chip: str, group: int) -> None:
+    """Forward and backward of attention, for one device of a slice; the compiler dumps as told."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding
+
+    from neo_jax.kernels.interval_attention import interval_attention
+    from neo_jax.plan.topology import find_topology
+    from neo_jax.sharding import spec
+
+    jax.config.update("jax_platforms", "cpu")
+    topology = find_topology(SLICES[chip])
+    mesh = topology.mesh((len(topology.devices), 1, 1))
+    rows = mesh.size
+
+    def loss(q, k, v, start, end):
+        z = interval_attention(q, k, v, start, end, QK_WIDTH**-0.5)
+        return jnp.sum(z.astype(jnp.float32))
+
+    def array(shape, dtype=jnp.bfloat16):
+        sharding = NamedSharding(mesh, spec("batch", *[None] * (len(shape) - 1)))
+        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding)
+
+    heads = group * GROUPS
+    with jax.set_mesh(mesh):
+        bounds = array((LENGTH,), jnp.int32)
+        arrays = [array((LENGTH, n, width)) for n, width in
+                  ((heads, QK_WIDTH), (GROUPS, QK_WIDTH), (GROUPS, V_WIDTH))]  # fmt: skip
+        gradient = jax.jit(jax.grad(loss, (0, 1, 2)))
+        gradient.lower(*arrays, bounds, bounds).compile(
+            compiler_options=topology.chip.options(with_flags=False) or None
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernel_cycles",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--chips", default=",".join(SLICES), help="default: all")
+    parser.add_argument("--group", type=int, default=2, help="query heads to a key head")
+    parser.add_argument("--write", action="store_true", help="write the counts as the budget")
+    parser.add_argument("--compile", metavar="CHIP", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    try:
+        if args.compile:
+            compile_kernels(args.compile, args.group)
+            return 0
+        return compare(args.chips.split(","), args.group, args.write)
+    except InputError as error:
+        print(f"kernel_cycles: {error}", file=sys.stderr)
+        return 2
+
+
+def compare(chips: list[str], group: int, is_written: bool) -> int:
+    """Prints counts beside the budget; returns 1 if one of them is over it."""
+    kept, is_over = json.loads(TABLE.read_text()), False
+    print(f"{'chip':6}{'kernel':38}{'':8}{'bundles':>9}{'budget':>9}")
+    for chip in chips:
+        if chip not in SLICES:
+            raise InputError(f"{chip}: use one of {', '.join(SLICES)}")
+        for name, steps in measured(chip, group).items():
+            budget = kept["kernels"].get(name, {}).get(chip)
+            for part in ("masked", "full", "step"):
+                value, most = getattr(steps, part), budget and budget[part]
+                over = most is not None and value > (1 + TOLERANCE) * most
+                is_over |= over
+                print(f"{chip:6}{name:38}{part:8}{value:9}{most or '-':>9}{'  OVER' * over}")
+            kept["kernels"].setdefault(name, {})[chip] = dataclasses.asdict(steps)
+    if is_written:
+        TABLE.write_text(json.dumps(kept, indent=2) + "\n")
+        return 0
+    return int(is_over)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
