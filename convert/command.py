@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from neo_jax.errors import InputError
-from neo_jax.sharding import MESH_AXES
+from neo_jax.sharding import MESH_SIZES
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -65,7 +65,9 @@ def say(message: str) -> None:
 def mesh_shape(text: str) -> tuple[int, ...]:
     """'1x8x1' -> (1, 8, 1)."""
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){2}", text):
-        raise argparse.ArgumentTypeError(f"{text!r}: give the sizes of {MESH_AXES} as in 1x8x1")
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: give the sizes of {MESH_SIZES[:3]} as in 1x8x1"
+        )
     return tuple(int(size) for size in text.split("x"))
 
 

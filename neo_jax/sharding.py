@@ -1,37 +1,56 @@
 """The mesh and the one table that says which axis of it splits which dimension.
 
 There is always a mesh; a laptop is a 1x1x1 pod. Nothing outside this file names a mesh axis.
+
+A mesh has sizes (data, fsdp, tensor) and, for long rows in training, a fourth, context. Fsdp is two
+axes, because a pod's network is a torus: a gradient is reduced over one ring after the other. Over
+both at once, the TPU compiler reduces it whole on every device, for twice the traffic.
+
+A training step is written for one device (`on_each_device`): there `gather` and `scatter` say what
+moves, and only `tensor` is left to the types of arrays. Everywhere else all axes are in the types.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from neo_jax.errors import InputError
 
-MESH_AXES = ("data", "fsdp", "tensor")
+FSDP = ("fsdp", "fsdp_minor")
+ROWS = ("data", *FSDP)
+MESH_AXES = (*ROWS, "context", "tensor")
+MESH_SIZES = ("data", "fsdp", "tensor", "context")  # what users give; the last may be left out
 
 AXES = {
-    "batch": ("data", "fsdp"),
-    "embed": "fsdp",
+    "batch": ROWS,
+    "time": "context",
+    "embed": FSDP,
     "heads": "tensor",
     "ffw": "tensor",
     "vocab": "tensor",
 }
+_ON_DEVICE = (*ROWS, "context")  # the axes that `on_each_device` takes out of the types
+
+
+def stored(*names: str | None) -> P:
+    """Partition of a parameter whose dimensions have these names; None is not split."""
+    return P(*(None if name is None else AXES[name] for name in names))
 
 
 def spec(*names: str | None) -> P:
-    """Partition of an array whose dimensions have these names; None is not split."""
-    return P(*(None if name is None else AXES[name] for name in names))
+    """The same of an array in the model: less the axes that `on_each_device` took out."""
+    return _without(stored(*names), _manual_axes())
 
 
 def gathered(partition: P) -> P:
     """The same partition with the `embed` dimension whole: what a layer computes with."""
-    return P(*(None if axis == AXES["embed"] else axis for axis in partition))
+    return _without(partition, FSDP)
 
 
 def make_mesh(
@@ -40,10 +59,10 @@ def make_mesh(
     *,
     num_key_value_heads: int | None = None,
 ) -> Mesh:
-    """A mesh of (data, fsdp, tensor).
+    """A mesh of (data, fsdp, tensor) or (data, fsdp, tensor, context).
 
     Args:
-      shape: three sizes. Default: as much `tensor` as the local devices and
+      shape: the sizes. Default: as much `tensor` as the local devices and
         `num_key_value_heads` allow, which is the fastest for one request at a time.
       devices: default: the first that `shape` needs.
       num_key_value_heads: of the model that will run; bounds the default `tensor` size.
@@ -54,18 +73,43 @@ def make_mesh(
     devices = list(jax.devices() if devices is None else devices)
     if shape is None:
         shape = (1, 1, math.gcd(len(devices), num_key_value_heads or 1))
-    if len(shape) != len(MESH_AXES) or not all(isinstance(n, int) and n > 0 for n in shape):
-        raise InputError(f"mesh {shape!r}: give the sizes of {MESH_AXES}, each 1 or more")
-    if math.prod(shape) > len(devices):
+    sizes = axis_sizes(shape)
+    if math.prod(sizes) > len(devices):
         raise InputError(
-            f"mesh {tuple(shape)} needs {math.prod(shape)} devices, {len(devices)} are here"
+            f"mesh {tuple(shape)} needs {math.prod(sizes)} devices, {len(devices)} are here"
         )
-    return jax.make_mesh(tuple(shape), MESH_AXES, devices=devices[: math.prod(shape)])
+    return jax.make_mesh(
+        sizes,
+        MESH_AXES,
+        devices=devices[: math.prod(sizes)],
+        axis_types=(AxisType.Explicit,) * len(MESH_AXES),
+    )
+
+
+def axis_sizes(shape: Sequence[int]) -> tuple[int, ...]:
+    """The sizes of MESH_AXES for those that a user gives; fsdp as near to a square as it goes.
+
+    Raises:
+      InputError: for sizes that are no sizes.
+    """
+    is_size = [isinstance(n, int) and n > 0 for n in shape]
+    if len(shape) not in (3, 4) or not all(is_size):
+        raise InputError(f"mesh {shape!r}: give the sizes of {MESH_SIZES}, each 1 or more")
+    data, fsdp, tensor, context = (*shape, 1)[:4]
+    minor = max(n for n in range(1, math.isqrt(fsdp) + 1) if fsdp % n == 0)
+    return data, fsdp // minor, minor, context, tensor
+
+
+def describe(mesh: Mesh) -> str:
+    """Its sizes as users give them."""
+    sizes = mesh.shape
+    given = (sizes["data"], math.prod(sizes[axis] for axis in FSDP), sizes["tensor"])
+    return "x".join(map(str, given if sizes["context"] == 1 else (*given, sizes["context"])))
 
 
 def batch_rows(mesh: Mesh) -> int:
     """A batch has a multiple of this many rows."""
-    return math.prod(mesh.shape[axis] for axis in AXES["batch"])
+    return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
 def put(array, mesh: Mesh, *names: str | None) -> jax.Array:
@@ -87,5 +131,119 @@ def data_shard(mesh: Mesh) -> tuple[int, int]:
         rows.setdefault(device.process_index, set()).add(row)
     shares = sorted({tuple(sorted(held)) for held in rows.values()})
     if len({len(share) for share in shares}) > 1 or sum(map(len, shares)) != len(devices):
-        raise InputError(f"mesh {dict(mesh.shape)}: hosts share rows unevenly; change its sizes")
+        raise InputError(f"mesh {describe(mesh)}: hosts share rows unevenly; change its sizes")
     return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)
+
+
+def on_each_device(local: Callable, in_specs, out_specs) -> Callable:
+    """`local` run on each device's rows, columns and parts of parameters.
+
+    Partitions are as for the whole arrays; what they say of `tensor` stays in the arrays' types.
+    """
+    ours = functools.partial(_without, axes=("tensor",))
+    in_specs, out_specs = (
+        jax.tree.map(ours, specs, is_leaf=lambda leaf: isinstance(leaf, P))
+        for specs in (in_specs, out_specs)
+    )
+    return jax.shard_map(
+        local,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names=set(_ON_DEVICE),
+        check_vma=False,
+    )
+
+
+def gather(weight: jax.Array, partition: P) -> jax.Array:
+    """A device's part of a parameter made whole over fsdp; its gradient is `scattered`.
+
+    Args:
+      weight: in `on_each_device`, a part of an array; elsewhere it is returned as it is.
+      partition: of the whole array, as it is stored.
+    """
+    if FSDP not in tuple(partition) or "fsdp" not in _manual_axes():
+        return weight
+
+    @jax.custom_vjp
+    def whole(part):
+        return _moved(_gather_rows, part, partition)
+
+    whole.defvjp(lambda part: (whole(part), None), lambda _, dw: (scattered(dw, partition),))
+    return whole(weight)
+
+
+def scattered(whole: jax.Array, partition: P) -> jax.Array:
+    """The sum over fsdp, of which each device keeps its part. For `on_each_device`."""
+    return _moved(_scatter_rows, whole, partition)
+
+
+def _gather_rows(part: jax.Array) -> jax.Array:
+    for axis in reversed(FSDP):
+        part = jax.lax.all_gather(part, axis, axis=0, tiled=True)
+    return part
+
+
+def _scatter_rows(whole: jax.Array) -> jax.Array:
+    for axis in FSDP:
+        whole = jax.lax.psum_scatter(whole, axis, scatter_dimension=0, tiled=True)
+    return whole
+
+
+def _moved(move: Callable, array: jax.Array, partition: P) -> jax.Array:
+    """`move` of the dimension that fsdp splits, as rows of a matrix: else TPUs reduce it whole."""
+    dimension = tuple(partition).index(FSDP)
+
+    def local(array):
+        array = jnp.moveaxis(array, dimension, 0)
+        moved = move(array.reshape(array.shape[0], -1))
+        return jnp.moveaxis(moved.reshape(-1, *array.shape[1:]), 0, dimension)
+
+    return _on_part(local, array)
+
+
+def _on_part(local: Callable, array: jax.Array) -> jax.Array:
+    """`local` on each device's part of an array, whose types know of `tensor` alone."""
+    if set(MESH_AXES) <= set(_manual_axes()):
+        return local(array)
+    partition = jax.typeof(array).sharding.spec
+    return jax.shard_map(local, in_specs=partition, out_specs=partition, check_vma=False)(array)
+
+
+def summed(gradient: jax.Array, partition: P) -> jax.Array:
+    """The sum over all devices that have the same part of a parameter, in `on_each_device`."""
+    split = set(sum((axes if isinstance(axes, tuple) else (axes,) for axes in partition), ()))
+    axes = tuple(axis for axis in _ON_DEVICE if axis not in split)
+    return _on_part(lambda part: jax.lax.psum(part, axes), gradient)
+
+
+def whole_rows(array: jax.Array) -> jax.Array:
+    """[B, T, ...] of all `context` devices side by side; as it is where rows are not split."""
+    if not _splits_time():
+        return array
+    return _on_part(lambda part: jax.lax.all_gather(part, "context", axis=1, tiled=True), array)
+
+
+def own_columns(array: jax.Array) -> jax.Array:
+    """This device's part of the columns of a whole row [B, T, ...]."""
+    if not _splits_time():
+        return array
+    size = array.shape[1] // jax.lax.axis_size("context")
+    first = jax.lax.axis_index("context") * size
+    return jax.lax.dynamic_slice_in_dim(array, first, size, axis=1)
+
+
+def _splits_time() -> bool:
+    return "context" in _manual_axes() and jax.lax.axis_size("context") > 1
+
+
+def _manual_axes() -> tuple[str, ...]:
+    return jax.sharding.get_abstract_mesh().manual_axes
+
+
+def _without(partition: P, axes: Sequence[str]) -> P:
+    def kept(entry):
+        if not isinstance(entry, tuple):
+            return None if entry in axes else entry
+        return tuple(axis for axis in entry if axis not in axes) or None
+
+    return P(*map(kept, partition))

@@ -9,7 +9,6 @@ from neo_jax.batch import to_device
 from neo_jax.data.example import collate, make_example
 from neo_jax.data.image import normalise
 from neo_jax.data.positions import block_order, thw_positions
-from neo_jax.kernels import interval_attention
 from neo_jax.kernels.intervals import intervals
 from neo_jax.model import decoder, patch_embed
 from neo_jax.model.neo import bind
@@ -178,26 +177,3 @@ def test_remat_changes_nothing():
         grad = jax.jit(jax.grad(total), static_argnums=2)
         plain, full = grad(neo.params, batch, "none"), grad(neo.params, batch, "full")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), plain, full)
-
-
-@pytest.mark.parametrize("block", [7, 16])
-def test_attention_in_blocks_of_queries_changes_nothing(block, monkeypatch):
-    """Long prompts go block by block; forward and backward."""
-    neo, (q, k, v) = (
-        load_case("single_image"),
-        np.random.default_rng(0).normal(size=(3, 2, 33, 4, 8)),
-    )
-    q, k, v = (x.astype(np.float32) for x in (q, k[:, :, :2], v[:, :, :2]))
-    t = np.arange(33, dtype=np.int32)[None].repeat(2, 0) // 3
-    start, end = intervals(t, np.ones_like(t))
-
-    def total(q, k, v):
-        z = interval_attention.interval_attention(q, k, v, start, end, 0.3)
-        return (z**2).sum(), z
-
-    with jax.set_mesh(neo.mesh):
-        grad = jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)
-        whole = jax.jit(grad)(q, k, v)
-        monkeypatch.setattr(interval_attention, "QUERY_BLOCK", block)
-        blocks = jax.jit(lambda *x: grad(*x))(q, k, v)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), blocks, whole)

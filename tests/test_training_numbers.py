@@ -19,12 +19,12 @@ from neo_jax.data.supervised import Limits, TooLong, supervised_example
 from neo_jax.model.neo import bind
 from neo_jax.train import loss as loss_module
 from neo_jax.train import rules
-from neo_jax.train.loss import loss_of
+from neo_jax.sharding import spec
 from neo_jax.train.optimizer import OptimConfig, learning_rate
-from neo_jax.train.step import make_step, new_state
+from neo_jax.train.step import loss_and_gradients, make_evaluation, make_step, new_state
 from neo_jax.weights import mapping
 
-MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2)]
+MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 1, 8), (1, 2, 2, 2), (2, 1, 1, 4)]
 DOCUMENTS = Mixture.parse(str(GOLDEN / "packed_train/data.jsonl"))
 ALL = (".*",)
 
@@ -48,6 +48,7 @@ def packed(weights="square", rows=1):
     found = {}
     for name, first in documents[0].items():
         size = max(len(d[name]) for d in documents)
+        size += -size % 32  # so that 8 devices can have a part of a row each
         found[name] = np.zeros((rows, size, *first.shape[1:]), first.dtype)
         for row, d in zip(found[name], documents, strict=False):
             row[: len(d[name])] = d[name]
@@ -116,17 +117,16 @@ def test_what_is_too_long_is_dropped_or_its_images_shrunk():
         assert example["is_image"].sum() * 4 == len(example["patches"])
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def value_and_gradients(c, params, batch, remat):
-    return jax.value_and_grad(lambda params: loss_of(c, params, batch, remat))(params)
+@functools.partial(jax.jit, static_argnums=0)
+def value_and_gradients(c, params, batch):
+    return loss_and_gradients(c, params, {}, batch)
 
 
-def loss(neo, batch, remat="none"):
+def loss(neo, batch):
     weights = batch["weights"] / batch["weights"].sum()
     with jax.set_mesh(neo.mesh):
         placed = micro_batches({**batch, "weights": weights}, 1, neo.mesh)
-        placed = {name: array[0] for name, array in placed.items()}
-        return value_and_gradients(neo.config, neo.params, placed, remat)
+        return value_and_gradients(neo.config, neo.params, placed)
 
 
 @pytest.mark.parametrize("weights", ["square", "token", "sample"])
@@ -167,7 +167,7 @@ def test_the_loss_in_chunks_is_the_loss_of_all_logits(tied, monkeypatch):
 
     def plain(params, batch):
         logits = bind(c, params)(batch)
-        logits = jax.sharding.reshard(logits, jax.P(("data", "fsdp"), None, None))
+        logits = jax.sharding.reshard(logits, spec("batch", None, None))
         log_p = jax.nn.log_softmax(logits)
         picked = jnp.sum(
             jnp.where(jnp.arange(c.vocab_size) == batch["targets"][..., None], log_p, 0), axis=-1
@@ -175,10 +175,11 @@ def test_the_loss_in_chunks_is_the_loss_of_all_logits(tied, monkeypatch):
         return -jnp.sum(picked * batch["weights"])
 
     with jax.set_mesh(neo.mesh):
-        placed = {name: array[0] for name, array in micro_batches(batch, 1, neo.mesh).items()}
-        wanted = jax.jit(jax.value_and_grad(plain))(params, placed)
-        found = jax.jit(jax.value_and_grad(lambda p, b: loss_of(c, p, b)))(params, placed)
-        alone = jax.jit(lambda p, b: loss_of(c, p, b))(params, placed)
+        placed = micro_batches(batch, 1, neo.mesh)
+        first = {name: array[0] for name, array in placed.items()}
+        wanted = jax.jit(jax.value_and_grad(plain))(params, first)
+        found = value_and_gradients(c, params, placed)
+        alone, _ = make_evaluation(c)({"trained": params, "frozen": {}}, placed)
     np.testing.assert_allclose(found[0], wanted[0], rtol=1e-6)
     np.testing.assert_allclose(alone, wanted[0], rtol=1e-6)
     for (name, ours), (_, theirs) in zip(_leaves(found[1]), _leaves(wanted[1]), strict=True):
@@ -189,10 +190,8 @@ def test_the_loss_in_chunks_is_the_loss_of_all_logits(tied, monkeypatch):
 def test_no_program_holds_the_logits_of_a_whole_batch():
     neo, batch = load_case("packed_train"), packed(rows=128)
     with jax.set_mesh(neo.mesh):
-        many = {name: array[0] for name, array in micro_batches(batch, 1, neo.mesh).items()}
-        lowered = jax.jit(lambda p, b: jax.grad(lambda p: loss_of(neo.config, p, b))(p)).lower(
-            neo.params, many
-        )
+        many = micro_batches(batch, 1, neo.mesh)
+        lowered = value_and_gradients.lower(neo.config, neo.params, many)
     tokens, vocab = many["tokens"].size, neo.config.vocab_size
     shapes = re.findall(r"tensor<([0-9x]+)xf32>", lowered.as_text())
     sizes = {int(np.prod([int(n) for n in shape.split("x")])) for shape in shapes}

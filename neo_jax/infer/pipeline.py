@@ -223,7 +223,7 @@ def load(
         one that `convert.from_hf` or training wrote.
       dtype: "bfloat16" or "float32", of parameters and matrix products; norms, rotary angles,
         softmax and logits are float32 in both.
-      mesh: a jax Mesh with axes (data, fsdp, tensor), or its sizes; default: heads split over
+      mesh: sizes of (data, fsdp, tensor), or a Mesh from neo_jax.sharding; default: heads split over
         as many local devices as divide them.
       weights: "int8" keeps the large matrices in 8 bits, half the memory of bfloat16.
 
@@ -240,7 +240,7 @@ def load(
     ):
         raise InputError(
             f"mesh {mesh}: give its sizes instead, such as (1, 1, 8), or a mesh of Explicit axes "
-            f"{MESH_AXES}, as jax.make_mesh makes"
+            f"{MESH_AXES}, as neo_jax.sharding.make_mesh makes"
         )
     config, params = load_params(path, dtype, mesh, weights)
     if tokenizer.vocab_size > config.vocab_size:

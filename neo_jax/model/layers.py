@@ -11,13 +11,13 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from neo_jax.model.int8 import Int8Matrix
-from neo_jax.sharding import gathered, spec
+from neo_jax.sharding import gather, gathered, stored
 
 
 def matrix(rngs: nnx.Rngs, shape: tuple[int, ...], *names: str | None) -> nnx.Param:
     """A parameter drawn from N(0, 0.02), split over the mesh by its dimensions' names."""
     return nnx.Param(
-        jax.nn.initializers.normal(0.02)(rngs.params(), shape), out_sharding=spec(*names)
+        jax.nn.initializers.normal(0.02)(rngs.params(), shape), out_sharding=stored(*names)
     )
 
 
@@ -25,7 +25,7 @@ def uniform(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, *names: str | N
     """A parameter drawn from U(+-1/sqrt(fan_in)), as convolutions start."""
     bound = fan_in**-0.5
     value = jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
-    return nnx.Param(value, out_sharding=spec(*names))
+    return nnx.Param(value, out_sharding=stored(*names))
 
 
 def ones(size: int) -> nnx.Param:
@@ -33,14 +33,15 @@ def ones(size: int) -> nnx.Param:
     return nnx.Param(jnp.ones(size), out_sharding=P(None))
 
 
-def whole(weight: jax.Array | Int8Matrix, dtype: str) -> jax.Array | Int8Matrix:
+def whole(weight: nnx.Param | jax.Array | Int8Matrix, dtype: str) -> jax.Array | Int8Matrix:
     """A weight ready to compute with: cast, then gathered over `fsdp`, so half the bytes move.
 
     An int8 matrix is gathered as it is.
     """
+    partition = weight.get_metadata("out_sharding") if isinstance(weight, nnx.Param) else P()
     weight = weight[...]
     if not isinstance(weight, Int8Matrix):
-        weight = weight.astype(dtype)
+        weight = gather(weight.astype(dtype), partition)
     return jax.tree.map(
         lambda part: jax.sharding.reshard(part, gathered(jax.typeof(part).sharding.spec)), weight
     )
@@ -49,7 +50,7 @@ def whole(weight: jax.Array | Int8Matrix, dtype: str) -> jax.Array | Int8Matrix:
 def einsum(
     equation: str,
     x: jax.Array,
-    weight: jax.Array | Int8Matrix,
+    weight: nnx.Param | jax.Array | Int8Matrix,
     *,
     out: P | None = None,
     dtype: str | None = None,

@@ -11,19 +11,26 @@ from collections.abc import Iterator, Mapping
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from neo_jax.batch import Batch
 from neo_jax.config import ModelConfig
 from neo_jax.errors import InputError
-from neo_jax.kernels.interval_attention import interval_attention
+from neo_jax.kernels.interval_attention import block_visits, interval_attention
 from neo_jax.kernels.intervals import intervals
 from neo_jax.model import cache as kv
 from neo_jax.model import decoder, layers
 from neo_jax.model.patch_embed import PatchEmbed
 from neo_jax.model.prefill import attend_rows, attend_slots
 from neo_jax.model.rope import thw_rotary
-from neo_jax.sharding import AXES, make_mesh, spec
+from neo_jax.sharding import (
+    AXES,
+    describe,
+    make_mesh,
+    own_columns,
+    spec,
+    whole_rows,
+)
 
 
 class Neo(nnx.Module):
@@ -42,9 +49,14 @@ class Neo(nnx.Module):
         """Logits [B, L, V] float32 of every token of a batch (`batch.py`)."""
         return self.logits(self.features(batch, remat))
 
-    def features(self, batch: Batch, remat: str = "none") -> jax.Array:
-        """[B, L, D]: what the head turns into logits. `remat` is one of decoder.REMAT_POLICIES."""
-        return self.normed(self.trunk(batch, _nothing, remat)[0])
+    def features(self, batch: Batch, remat: str = "none", attention: str = "auto") -> jax.Array:
+        """[B, L, D]: what the head turns into logits.
+
+        Args:
+          remat: one of decoder.REMAT_POLICIES.
+          attention: one of interval_attention.IMPLEMENTATIONS.
+        """
+        return self.normed(self.trunk(batch, _nothing, remat, attention)[0])
 
     def hidden_states(self, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Input embeddings [B, L, D], residual stream after each layer [l, B, L, D], final norm."""
@@ -137,15 +149,21 @@ class Neo(nnx.Module):
             x_btd, cache[name], _ = decoder.run(blocks, x_btd, body, cache[name])
         return x_btd, cache
 
-    def trunk(self, batch: Batch, emit, remat: str = "none"):
+    def trunk(self, batch: Batch, emit, remat: str = "none", attention: str = "auto"):
         """Runs all layers; returns x [B, L, D] and what `emit(x, k, v)` gives, per stack."""
-        c = self.cfg
-        thw_bt3 = batch["thw"]
-        start_bt, end_bt = intervals(thw_bt3[..., 0], batch["segments"])
+        c, scale = self.cfg, self.cfg.head_dim**-0.5
+        thw_bt3, segments_bt = batch["thw"], whole_rows(batch["segments"])
+        bounds = map(own_columns, intervals(whole_rows(thw_bt3[..., 0]), segments_bt))
+        start_bt, end_bt = bounds
+        widths, itemsize = (c.qk_width, c.head_dim), jnp.dtype(c.dtype).itemsize
+        visits = block_visits(start_bt, end_bt, segments_bt.shape[1], widths, itemsize)
         rotary = thw_rotary(thw_bt3, c.t_width, c.hw_width, c.rope_theta, c.rope_theta_hw)
 
         def attend(q_btnj, k_btkj, v_btkh):
-            z_btnh = interval_attention(q_btnj, k_btkj, v_btkh, start_bt, end_bt, c.head_dim**-0.5)
+            keys, values = whole_rows(k_btkj), whole_rows(v_btkh)
+            z_btnh = interval_attention(
+                q_btnj, keys, values, start_bt, end_bt, scale, visits, attention
+            )
             return z_btnh, (k_btkj, v_btkh)
 
         def body(block, layer, x_btd, carry):
@@ -163,8 +181,8 @@ class Neo(nnx.Module):
         if batch["patches"].shape[1] == 0:
             return x_btd
         with jax.named_scope("patch_embed"):
-            z_bmd = self.patch_embed(batch["patches"], batch["patch_hw"])
-        index_bt = jnp.cumsum(batch["is_image"], axis=1) - 1
+            z_bmd = whole_rows(self.patch_embed(batch["patches"], batch["patch_hw"]))
+        index_bt = own_columns(jnp.cumsum(whole_rows(batch["is_image"]), axis=1)) - 1
         visual_btd = jax.vmap(lambda z_md, index_t: z_md.at[index_t].get(mode="clip"))(
             z_bmd, index_bt
         )
@@ -178,9 +196,9 @@ class Neo(nnx.Module):
         return layers.einsum("btd,vd->btv", y_btd, self.head_vd, dtype="float32")
 
     @property
-    def head_vd(self) -> jax.Array:
+    def head_vd(self) -> nnx.Param:
         """[V, D]: the head, or the embedding if it is tied."""
-        return (self.embed if self.cfg.tie_word_embeddings else self.lm_head)[...]
+        return self.embed if self.cfg.tie_word_embeddings else self.lm_head
 
     def _stacks(self) -> Iterator[tuple[str, decoder.Block]]:
         """The stacks in order; a model grown without a Pre-Buffer has but one."""
@@ -200,6 +218,7 @@ class Neo(nnx.Module):
             local,
             in_specs=(spec("vocab", None), spec("batch", None)),
             out_specs=spec("batch", None, None),
+            check_vma=False,
         )
         return lookup(layers.whole(self.embed, self.cfg.dtype), tokens_bt)
 
@@ -223,9 +242,12 @@ def bind(c: ModelConfig, params: dict) -> Neo:
 
 
 @functools.cache
-def _graphdef(c: ModelConfig, mesh) -> nnx.GraphDef:
-    del mesh  # modules are declared under the mesh that they will run on
-    return nnx.graphdef(jax.eval_shape(lambda: Neo(c, rngs=nnx.Rngs(0))))
+def _graphdef(c: ModelConfig, mesh: AbstractMesh) -> nnx.GraphDef:
+    # Modules name all axes of the mesh, which `on_each_device` would not let them.
+    kinds = (AxisType.Explicit,) * len(mesh.axis_names)
+    mesh = AbstractMesh(mesh.axis_sizes, mesh.axis_names, axis_types=kinds)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return nnx.graphdef(jax.eval_shape(lambda: Neo(c, rngs=nnx.Rngs(0))))
 
 
 def abstract_params(c: ModelConfig, mesh: Mesh | None = None, dtype: str = "float32") -> dict:
@@ -250,7 +272,7 @@ def abstract_params(c: ModelConfig, mesh: Mesh | None = None, dtype: str = "floa
     params = jax.tree_util.tree_map_with_path(place, shapes)
     if problems:
         raise InputError(
-            f"mesh {dict(mesh.shape)} does not divide {len(problems)} parameters, such as "
+            f"mesh {describe(mesh)} does not divide {len(problems)} parameters, such as "
             f"{problems[0]}: use sizes that divide {c.num_key_value_heads} key-value heads "
             f"(tensor) and a hidden size of {c.hidden_size} (fsdp)"
         )

@@ -12,6 +12,7 @@ from typing import Any
 from neo_jax.config import ModelConfig
 from neo_jax.data.pipeline import DataConfig
 from neo_jax.errors import InputError
+from neo_jax.kernels.interval_attention import IMPLEMENTATIONS
 from neo_jax.model.decoder import REMAT_POLICIES
 from neo_jax.train.optimizer import OptimConfig
 
@@ -47,9 +48,11 @@ class Config:
     seed: int = 0  # of new parameters, of the order of records, of frames of videos
     init_scale: float = 1.0  # new matrices are drawn from N(0, (0.02 * init_scale)^2)
     dtype: str = "bfloat16"  # of matrix products; trained parameters are float32
-    mesh: tuple[int, int, int] = (1, -1, 1)  # data, fsdp, tensor; -1: what is left of the devices
+    # data, fsdp, tensor and, to split rows too, context; -1: what is left of the devices
+    mesh: tuple[int, ...] = (1, -1, 1)
     micro_batches: int = 1  # of each step, one after the other
     remat: str = "full"  # what the backward pass computes again, see model/decoder.py
+    attention: str = "auto"  # see kernels/interval_attention.py
     log_every: int = 10  # steps
     eval_every: int = 0  # steps; 0: only at the end
     eval_batches: int = 8
@@ -61,6 +64,11 @@ class Config:
     def __post_init__(self):
         if self.remat not in REMAT_POLICIES:
             raise InputError(f"remat {self.remat!r}: use one of {', '.join(REMAT_POLICIES)}")
+        if self.attention not in IMPLEMENTATIONS:
+            names = ", ".join(IMPLEMENTATIONS)
+            raise InputError(f"attention {self.attention!r}: use one of {names}")
+        if len(self.mesh) not in (3, 4):
+            raise InputError(f"mesh {self.mesh}: give data, fsdp, tensor and perhaps context")
         if min(self.steps, self.micro_batches, self.log_every, self.save_every, self.keep) < 1:
             raise InputError("steps, micro_batches, log_every, save_every, keep: use 1 or more")
         if self.data.rows % self.micro_batches:

@@ -27,7 +27,7 @@ from neo_jax.data.pipeline import TOO_LONG, batches, explain
 from neo_jax.data.tokenizer import NeoTokenizer
 from neo_jax.errors import InputError
 from neo_jax.model import lora
-from neo_jax.sharding import batch_rows, data_shard
+from neo_jax.sharding import batch_rows, data_shard, describe
 from neo_jax.train import rules
 from neo_jax.train.checkpoint import Checkpoints
 from neo_jax.train.config import Config
@@ -66,7 +66,13 @@ def train(c: Config, say: Callable[[str], None] = tqdm.tqdm.write) -> Finished:
     if c.data.rows % (c.micro_batches * batch_rows(mesh)):
         raise InputError(
             f"data.rows is {c.data.rows}: use a multiple of {c.micro_batches} micro-batches times "
-            f"{batch_rows(mesh)}, over which the mesh {dict(mesh.shape)} splits rows"
+            f"{batch_rows(mesh)}, over which the mesh {describe(mesh)} splits rows"
+        )
+    limits, context = c.data.limits(), mesh.shape["context"]
+    if limits.length % context or limits.num_patches % (4 * context):
+        raise InputError(
+            f"data.length {limits.length} and data.num_patches {limits.num_patches}: use multiples "
+            f"of {context} and {4 * context}, since the mesh splits rows {context} ways"
         )
     mixture = Mixture.parse(c.data.mixture)
     model, tokenizer, params = starting_point(c, mesh)
@@ -92,7 +98,7 @@ class _Run:
         self.join = rules.merge
         if c.lora.rank:
             self.join = functools.partial(_adapted, scale=c.lora.scale)
-        self.evaluation = make_evaluation(model, self.join)
+        self.evaluation = make_evaluation(model, self.join, c.attention)
         self._is_tracing = False
 
     def first_state(self, params: dict, paths: Sequence[str]) -> State:
@@ -126,7 +132,7 @@ class _Run:
             self.counts.update(counts)
             self.say(f"going on from step {checkpoints.latest} of {self.workdir}")
         first = int(state["step"])
-        step_fn = make_step(self.model, c.optim, c.steps, c.remat, self.join)
+        step_fn = make_step(self.model, c.optim, c.steps, c.remat, self.join, c.attention)
         self._describe(state)
         with (
             Metrics(self.workdir, first) as metrics,
@@ -172,7 +178,7 @@ class _Run:
         ]
         self.say(
             f"{sizes[0] / 1e6:.2f} M parameters are trained, {sizes[1] / 1e6:.2f} M are frozen; "
-            f"{len(self.mixture):,} records; mesh {dict(self.mesh.shape)} of "
+            f"{len(self.mixture):,} records; mesh {describe(self.mesh)} of "
             f"{jax.devices()[0].device_kind}"
         )
 

@@ -3,7 +3,7 @@
 [B, L, V] logits in float32 never exist: tokens are taken `CHUNK` at a time, and the gradient of the
 loss with respect to their features and the head is computed while their logits are there. So the
 head's product runs three times, not four as with rematerialisation, and its gradient is summed over
-all chunks in float32 before devices exchange it once.
+all chunks in float32 before devices exchange it, once, in the features' type.
 """
 
 import functools
@@ -16,20 +16,23 @@ from neo_jax.batch import Batch
 from neo_jax.config import ModelConfig
 from neo_jax.model import layers
 from neo_jax.model.neo import bind
-from neo_jax.sharding import AXES, spec
+from neo_jax.sharding import AXES, gather, scattered, spec, stored
 
 CHUNK = 1024  # tokens whose logits exist at once, on each device
 
 
-def loss_of(c: ModelConfig, params: dict, batch: Batch, remat: str = "none") -> jax.Array:
-    """sum(weights * cross-entropy) of a batch (`batch.py`, with targets and weights); a scalar.
+def loss_of(
+    c: ModelConfig, params: dict, batch: Batch, remat: str = "none", attention: str = "auto"
+) -> jax.Array:
+    """sum(weights * cross-entropy) of a device's part of a batch (`batch.py`); a scalar.
 
-    It is a mean when the weights of the batch, or of all micro-batches together, sum to 1.
+    For `sharding.on_each_device`. Over all devices it is a mean when the weights of the batch, or
+    of all micro-batches together, sum to 1. `remat` and `attention` as in `Neo.features`.
     """
     neo = bind(c, params)
-    y_btd = neo.features(batch, remat)
+    y_btd = neo.features(batch, remat, attention)
     with jax.named_scope("loss"):
-        return cross_entropy(y_btd, neo.head_vd, batch["targets"], batch["weights"])
+        return cross_entropy(y_btd, neo.head_vd[...], batch["targets"], batch["weights"])
 
 
 @jax.custom_vjp
@@ -38,9 +41,9 @@ def cross_entropy(
 ) -> jax.Array:
     """sum over b, t of weights * (logsumexp(logits) - logits[targets]), logits = y @ head.T.
 
-    Args:
+    Args, on each device:
       y_btd: [B, T, D] features; products run in its type.
-      head_vd: [V, D] parameter, split over the mesh as it is stored.
+      head_vd: [V, D] its part of the parameter, as it is stored.
       targets_bt: [B, T] int, below V.
       weights_bt: [B, T] float32.
 
@@ -63,20 +66,23 @@ cross_entropy.defvjp(_forward, _backward)
 
 
 def _run(y_btd, head_vd, targets_bt, weights_bt, *, with_gradients: bool):
-    features, tokens = spec("batch", None, None), spec("batch", None)
+    """The loss and, with gradients, those of `y_btd` and of the device's part of `head_vd`."""
+    local, vocab = functools.partial(_on_device, with_gradients=with_gradients), spec("vocab", None)
     run = jax.shard_map(
-        functools.partial(_on_device, with_gradients=with_gradients),
-        in_specs=(features, spec("vocab", None), tokens, tokens),
-        out_specs=(P(), features, spec("vocab", "embed")) if with_gradients else P(),
+        local,
+        in_specs=(P(), vocab, P(), P()),
+        out_specs=(P(), P(), vocab) if with_gradients else P(),
+        check_vma=False,
     )
-    return run(y_btd, layers.whole(head_vd, y_btd.dtype), targets_bt, weights_bt)
+    whole_vd = gather(head_vd.astype(y_btd.dtype), stored("vocab", "embed"))
+    return run(y_btd, whole_vd, targets_bt, weights_bt)
 
 
 def _on_device(y_btd, head_vd, targets_bt, weights_bt, *, with_gradients: bool):
     """A device's rows against its part of the vocabulary."""
     num_tokens, d = targets_bt.size, head_vd.shape[1]
     size = min(CHUNK, num_tokens)
-    vocab, batch_axes = AXES["vocab"], AXES["batch"]
+    vocab = AXES["vocab"]
     product = functools.partial(
         jnp.einsum,
         preferred_element_type=jnp.float32,
@@ -108,16 +114,9 @@ def _on_device(y_btd, head_vd, targets_bt, weights_bt, *, with_gradients: bool):
         return (loss, dhead_vd), dy_cd.astype(y_cd.dtype)
 
     parts = (chunks(y_btd, d), chunks(targets_bt), chunks(weights_bt))
-    # What the sums will differ by from device to device has to be said of their zeros.
-    loss = jax.lax.pcast(jnp.float32(0), batch_axes, to="varying")
-    dhead_vd = jnp.zeros(head_vd.shape if with_gradients else (), jnp.float32)
-    if with_gradients:
-        dhead_vd = jax.lax.pcast(dhead_vd, (*batch_axes, vocab), to="varying")
-    (loss, dhead_vd), dy = jax.lax.scan(body, (loss, dhead_vd), parts)
-    loss = jax.lax.psum(loss, batch_axes)
+    zeros = jnp.zeros(head_vd.shape if with_gradients else (), jnp.float32)
+    (loss, dhead_vd), dy = jax.lax.scan(body, (jnp.float32(0), zeros), parts)
     if not with_gradients:
         return loss
     dy_btd = dy.reshape(-1, d)[:num_tokens].reshape(y_btd.shape)
-    *others, fsdp = batch_axes
-    dhead_vd = jax.lax.psum_scatter(dhead_vd, fsdp, scatter_dimension=1, tiled=True)
-    return loss, dy_btd, jax.lax.psum(dhead_vd, tuple(others))
+    return loss, dy_btd, scattered(dhead_vd.astype(y_btd.dtype), stored(None, "embed"))

@@ -27,14 +27,14 @@ from neo_jax.weights.load import load_params, side_directory
 # or only how far or how often.
 MAY_CHANGE = {
     *("workdir", "mesh", "steps", "held_out", "log_every", "eval_every", "eval_batches"),
-    *("save_every", "keep", "keep_every", "profile", "remat"),
+    *("save_every", "keep", "keep_every", "profile", "remat", "attention"),
 }
 MAY_CHANGE_IN_DATA = {"workers", "max_bad_share"}
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
 RUN = "run.json"
 
 
-def run_mesh(sizes: tuple[int, int, int]) -> Mesh:
+def run_mesh(sizes: tuple[int, ...]) -> Mesh:
     """The mesh of all devices; a size of -1 takes what the others leave."""
     count, known = jax.device_count(), 1
     for size in sizes:

@@ -10,9 +10,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec as P
 
-from neo_jax.batch import Batch
+from neo_jax.batch import RANK, Batch
 from neo_jax.config import ModelConfig
+from neo_jax.sharding import on_each_device, stored, summed
 from neo_jax.train import rules
 from neo_jax.train.loss import loss_of
 from neo_jax.train.optimizer import OptimConfig, learning_rate, make_optimizer
@@ -33,7 +35,12 @@ def new_state(o: OptimConfig, steps: int, trained: dict, frozen: dict) -> State:
 
 
 def make_step(
-    c: ModelConfig, o: OptimConfig, steps: int, remat: str, join: Join = rules.merge
+    c: ModelConfig,
+    o: OptimConfig,
+    steps: int,
+    remat: str,
+    join: Join = rules.merge,
+    attention: str = "auto",
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """The step, jitted; it takes over the state it is given.
 
@@ -44,14 +51,11 @@ def make_step(
     optimizer, rate = make_optimizer(o, steps), learning_rate(o, steps)
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        trained, frozen = state["trained"], state["frozen"]
-        weights = batch["weights"]
+        trained, weights = state["trained"], batch["weights"]
         batch = {**batch, "weights": weights / jnp.maximum(jnp.sum(weights), 1e-9)}
-
-        def loss_fn(trained, micro_batch):
-            return loss_of(c, join(trained, frozen), micro_batch, remat)
-
-        loss, gradients = _summed(jax.value_and_grad(loss_fn), trained, batch)
+        loss, gradients = loss_and_gradients(
+            c, trained, state["frozen"], batch, join, remat, attention
+        )
         updates, opt = optimizer.update(gradients, state["opt"], trained)
         new = {**state, "trained": optax.apply_updates(trained, updates), "opt": opt}
         new["step"] = state["step"] + 1
@@ -66,23 +70,70 @@ def make_step(
 
 
 def make_evaluation(
-    c: ModelConfig, join: Join = rules.merge
+    c: ModelConfig, join: Join = rules.merge, attention: str = "auto"
 ) -> Callable[[State, Batch], tuple[jax.Array, jax.Array]]:
     """Sums of weights * cross-entropy and of weights over a batch of one micro-batch, jitted."""
 
     def evaluate(state: State, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        params = join(state.get("ema", state["trained"]), state["frozen"])
-        batch = jax.tree.map(lambda array: array[0], dict(batch))
-        return loss_of(c, params, batch), jnp.sum(batch["weights"])
+        def local(trained, frozen, batch):
+            loss = loss_of(c, join(trained, frozen), _first(batch), "none", attention)
+            return summed(loss, P())
+
+        trees = (state.get("ema", state["trained"]), state["frozen"])
+        in_specs = (*map(_partitions, trees), _BATCH)
+        loss = on_each_device(local, in_specs, P())(*trees, _placed(batch))
+        return loss, jnp.sum(batch["weights"])
 
     return jax.jit(evaluate)
 
 
-def _summed(value_and_grad: Callable, trained: dict, batch: Batch) -> tuple[jax.Array, dict]:
+def loss_and_gradients(
+    c: ModelConfig,
+    trained: dict,
+    frozen: dict,
+    batch: Batch,
+    join: Join = rules.merge,
+    remat: str = "none",
+    attention: str = "auto",
+) -> tuple[jax.Array, dict]:
+    """The loss of a batch of micro-batches [M, B, ...], and its gradients for `trained`.
+
+    Runs under a mesh, inside jit; `remat` and `attention` as in `Neo.features`.
+    """
+    partitions = _partitions(trained)
+
+    def local(trained, frozen, batch):
+        def loss_fn(trained, micro_batch):
+            return loss_of(c, join(trained, frozen), micro_batch, remat, attention)
+
+        loss, gradients = _over_micro_batches(jax.value_and_grad(loss_fn), trained, batch)
+        return summed(loss, P()), jax.tree.map(summed, gradients, partitions)
+
+    in_specs = (partitions, _partitions(frozen), _BATCH)
+    run = on_each_device(local, in_specs, (P(), partitions))
+    return run(trained, frozen, _placed(batch))
+
+
+_BATCH = {name: stored(None, "batch", "time", *[None] * (rank - 2)) for name, rank in RANK.items()}
+
+
+def _placed(batch: Batch) -> Batch:
+    """The batch with its rows' columns split too."""
+    return {name: jax.sharding.reshard(batch[name], _BATCH[name]) for name in _BATCH}
+
+
+def _partitions(tree: dict) -> dict:
+    return jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, tree)
+
+
+def _first(batch: Batch) -> Batch:
+    return jax.tree.map(lambda array: array[0], dict(batch))
+
+
+def _over_micro_batches(value_and_grad: Callable, trained: dict, batch: Batch):
     """Value and gradients summed over micro-batches, one after the other."""
-    first = jax.tree.map(lambda array: array[0], dict(batch))
     if batch["tokens"].shape[0] == 1:
-        return value_and_grad(trained, first)
+        return value_and_grad(trained, _first(batch))
 
     def add(sums, micro_batch):
         return jax.tree.map(jnp.add, sums, value_and_grad(trained, micro_batch)), None

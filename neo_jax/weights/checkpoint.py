@@ -23,7 +23,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from neo_jax.config import ModelConfig
 from neo_jax.errors import InputError
 from neo_jax.model.neo import abstract_params
-from neo_jax.sharding import MESH_AXES, make_mesh
+from neo_jax.sharding import MESH_AXES, axis_sizes, make_mesh
 from neo_jax.weights import mapping, orbax_files
 from neo_jax.weights.directory import new_directory, read_json
 from neo_jax.weights.place import param_target, place_params
@@ -122,7 +122,7 @@ def write_checkpoint(
 def _pending_params(c, tensors, mesh_shape, dtype, wrote) -> dict:
     """The parameters as arrays that are read from `tensors` while they are written."""
     table = {row.path: row for row in mapping.rows(c)}
-    mesh = AbstractMesh(mesh_shape, MESH_AXES)
+    mesh = AbstractMesh(axis_sizes(mesh_shape), MESH_AXES)
 
     def pending(path, leaf):
         row = table[tuple(entry.key for entry in path)]

@@ -1,0 +1,166 @@
+"""Interval attention: every implementation against its definition, in value and gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from neo_jax.errors import InputError
+from neo_jax.kernels import blockwise, flash, visits
+from neo_jax.kernels.interval_attention import block_visits, interval_attention
+from neo_jax.kernels.intervals import intervals
+from neo_jax.sharding import make_mesh, put
+
+# rows, queries, keys, query heads, key heads, widths of keys and values, type
+SHAPES = [
+    (1, 384, 384, 1, 1, 128, 128, "float32"),
+    (2, 300, 300, 4, 2, 256, 128, "float32"),  # lengths of no whole blocks
+    (1, 256, 640, 4, 1, 128, 256, "float32"),  # a part of a row's queries, all of its keys
+    (3, 130, 130, 6, 2, 128, 128, "float32"),
+    (2, 512, 512, 4, 2, 256, 128, "bfloat16"),
+]
+CASES = 20  # of each shape
+
+
+def packing(rng, rows, length):
+    """T positions and segments of documents of text and images; at times much padding."""
+    t, segments = np.zeros((2, rows, length), np.int32)
+    for row in range(rows):
+        place, document = 0, 0
+        while place < length and rng.random() > 0.1:
+            document += 1
+            end = min(length, place + int(rng.integers(1, length)))
+            is_new = rng.random(end - place) < rng.choice([0.02, 0.2, 1.0])
+            t[row, place:end] = np.cumsum(is_new)
+            segments[row, place:end] = document
+            place = end
+    return t, segments
+
+
+def bounds_of(rng, rows, queries, keys):
+    """Of `queries` that are a part of a row of `keys`; now and then some that see nothing."""
+    start, end = map(np.array, intervals(*packing(rng, rows, keys)))
+    first = int(rng.integers(0, keys - queries + 1))
+    start, end = start[:, first : first + queries], end[:, first : first + queries]
+    sees_nothing = rng.random(start.shape) < rng.choice([0, 0.3])
+    return np.where(sees_nothing, 0, start), np.where(sees_nothing, 0, end)
+
+
+@functools.partial(jax.jit, static_argnums=6)
+def run(q, k, v, start, end, weight, implementation):
+    """z, and the gradients of sum(weight * z)."""
+
+    def total(q, k, v):
+        z = interval_attention(q, k, v, start, end, 0.1, implementation=implementation)
+        return jnp.sum(weight * z.astype(jnp.float32)), z
+
+    gradients, z = jax.grad(total, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+    return z, *gradients
+
+
+def arrays_of(rng, b, t, s, n, k, j, h):
+    shapes = ((b, t, n, j), (b, s, k, j), (b, s, k, h), (b, t, n, h))
+    q, k, v, weight = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
+    return q, k, v, weight / np.float32(np.sqrt(h))
+
+
+def assert_close(found, wanted, tolerance):
+    for ours, theirs in zip(found, wanted, strict=True):
+        atol = tolerance * max(1, np.abs(theirs).max())
+        np.testing.assert_allclose(np.float32(ours), theirs, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("implementation", ["blockwise", "interpreted", "two walks"])
+def test_every_implementation_is_the_definition(shape, implementation, monkeypatch):
+    *sizes, dtype = shape
+    monkeypatch.setattr(flash, "BLOCKS", (128, 128))
+    monkeypatch.setattr(blockwise, "BLOCK", 128)
+    if implementation == "two walks":  # as for rows whose gradients do not fit fast memory
+        monkeypatch.setattr(flash, "needs_keys", lambda *_: True)
+    jax.clear_caches()
+    rng = np.random.default_rng(0)
+    for _ in range(CASES):
+        q, k, v, weight = arrays_of(rng, *sizes)
+        bounds = bounds_of(rng, *sizes[:3])
+        wanted = run(q, k, v, *bounds, weight, "dense")
+        q, k, v = (array.astype(dtype) for array in (q, k, v))
+        name = "interpreted" if implementation == "two walks" else implementation
+        found = run(q, k, v, *bounds, weight, name)
+        assert {str(array.dtype) for array in found} == {dtype}
+        assert_close(found, wanted, 1e-5 if dtype == "float32" else 2e-2)
+        nothing = np.asarray(bounds[0]) >= np.asarray(bounds[1])
+        assert not np.any(np.float32(found[0])[nothing])
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("implementation", ["dense", "blockwise", "interpreted"])
+def test_the_same_on_a_mesh_with_visits_made_before(implementation, mesh):
+    rng, sizes = np.random.default_rng(1), (4, 640, 640, 4, 2, 128, 128)
+    q, k, v, weight = arrays_of(rng, *sizes)
+    bounds = bounds_of(rng, *sizes[:3])
+    wanted = run(q, k, v, *bounds, weight, "dense")
+    mesh = make_mesh(mesh)
+    with jax.set_mesh(mesh):
+        q, k, v = (put(array, mesh, "batch", None, "heads", None) for array in (q, k, v))
+        start, end = (put(np.asarray(array), mesh, "batch", None) for array in bounds)
+
+        @jax.jit
+        def attend(q, k, v, start, end):
+            made = block_visits(start, end, 640, (128, 128), 4)
+            return interval_attention(q, k, v, start, end, 0.1, made, implementation)
+
+        np.testing.assert_allclose(attend(q, k, v, start, end), wanted[0], atol=1e-5)
+
+
+def test_the_lists_hold_what_is_seen_and_no_more():
+    rng = np.random.default_rng(2)
+    for _ in range(50):
+        start, end = bounds_of(rng, 2, 256, 512)
+        key = np.arange(512)
+        seen = (key >= start[..., None]) & (key < end[..., None])
+        pairs = seen.reshape(2, 4, 64, 8, 64).swapaxes(2, 3)
+        low = np.where(start < end, start, 512).reshape(2, 4, 64).min(2)[..., None]
+        high = np.where(start < end, end, 0).reshape(2, 4, 64).max(2)[..., None]
+        between = (low < np.arange(64, 513, 64)) & (high > np.arange(0, 512, 64))
+        assert visits.count(start, end, 512, 64, 64) == between.sum()
+        for by_keys in (False, True):
+            make = visits.by_keys if by_keys else visits.by_queries
+            listed, (total,) = map(np.asarray, make(start, end, 512, 64, 64))
+            listed = listed[:total]
+            query, block = visits.query_block(listed), visits.key_block(listed)
+            found = np.zeros(between.shape, bool)
+            found[query // 4, query % 4, block] = True
+            assert (found >= between).all()  # and nothing else but where there is nothing
+            assert (found & ~between).sum() == (~between.any(1 if by_keys else 2)).sum()
+            order = (query // 4) * 8 + block if by_keys else query
+            assert (np.diff(order) >= 0).all()
+            changes = np.append(True, np.diff(order) != 0)
+            np.testing.assert_array_equal(listed & visits.FIRST != 0, changes)
+            np.testing.assert_array_equal(listed & visits.LAST != 0, np.append(changes[1:], True))
+            full = pairs[query // 4, query % 4, block].all((1, 2))
+            np.testing.assert_array_equal(listed & visits.PARTLY == 0, full)
+
+
+def test_work_grows_with_the_intervals_and_not_with_the_square():
+    """Documents of 1024 tokens, an image and a question each: twice as long, twice the work."""
+    counts = []
+    for length in (4096, 8192, 16384):
+        place = np.arange(length) % 1024
+        t = np.where(place < 768, 0, place)[None]
+        bounds = map(np.asarray, intervals(t, (np.arange(length) // 1024 + 1)[None]))
+        counts.append(visits.count(*bounds, length, 256, 256))
+    assert counts[1] == 2 * counts[0] and counts[2] == 4 * counts[0]
+    causal = [(n // 256) * (n // 256 + 1) // 2 for n in (4096, 8192, 16384)]
+    assert counts[2] * 8 < causal[2]
+
+
+def test_what_cannot_be_done_is_said():
+    q = np.zeros((1, 4, 1, 8), np.float32)
+    bounds = np.zeros((2, 1, 4), np.int32)
+    with pytest.raises(InputError, match="use one of auto, dense"):
+        interval_attention(q, q, q, *bounds, 1.0, implementation="fast")
+    with pytest.raises(InputError, match="widths of whole 128s, not"):
+        interval_attention(q, q, q, *bounds, 1.0, implementation="pallas")
