@@ -22,11 +22,14 @@ from pathlib import Path
 from neo_jax.errors import InputError
 from neo_jax.plan.attention import TABLE, Steps
 from neo_jax.plan.chips import CHIPS
-from neo_jax.plan.kernels import KERNELS
+from neo_jax.plan.kernels import BLOCK_K, BLOCK_Q, PRODUCTS, flops_per_pair
 
 SLICES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "v7x": "v7x:2x2x1"}
 TOLERANCE = 0.02
-LENGTH, GROUPS, QK_WIDTH, V_WIDTH = 4096, 2, 256, 128
+# What a step jumps over and has so many bundles belongs to a block's or row's first or last step.
+LONG = 200
+# A short row, and one so long that the backward pass takes two walks.
+LENGTHS, GROUPS, QK_WIDTH, V_WIDTH = (4096, 65536), 2, 256, 128
 
 _BUNDLE = re.compile(r"^\s*0x([0-9a-f]+)\s+([A-Z]{2})?\s*:")
 _BRANCH = re.compile(r"sbr\.rel .*target = \$region(\d+)")
@@ -39,7 +42,7 @@ class Counts:
 
     masked: int
     full: int
-    step: int  # of the rest, but for long work of a row's first or last step
+    step: int  # of the rest, but for long work of a block's first or last step
 
 
 def count(text: str) -> Counts:
@@ -77,8 +80,8 @@ def count(text: str) -> Counts:
     full, masked = sorted(b - a for a, b in bodies)
     rest = set(range(first, back))
     for a, b in skipped:
-        is_long = b - a > masked // 8  # as at the first and last step of a row
-        if (a, b) in bodies or (is_long and not any(a < c and d <= b for c, d in bodies)):
+        encloses = any(a < c and d <= b for c, d in bodies)
+        if (a, b) in bodies or (b - a >= LONG and not encloses):
             rest -= set(range(a, b))
     return Counts(masked, full, len(rest))
 
@@ -95,23 +98,27 @@ def measured(chip: str, group: int) -> dict[str, Steps]:
         )
         if ended.returncode:
             raise InputError(f"{chip}: {ended.stderr.strip().splitlines()[-1]}")
-        for name, kernel in KERNELS.items():
-            files = sorted(Path(directory).glob(f"*{name}*final_bundles.txt"))
-            files = [file for file in files if "schedule-analysis" not in file.name]
+        for name in PRODUCTS:
+            files = [
+                file
+                for file in sorted(Path(directory).glob(f"*{name}*final_bundles.txt"))
+                if "schedule-analysis" not in file.name
+                and name == max((other for other in PRODUCTS if other in file.name), key=len)
+            ]
             if not files:
                 continue
-            counts = count(files[-1].read_text())
-            pairs = kernel.block_q * kernel.block_k
-            least = kernel.flops_per_pair * pairs * CHIPS[chip].clock / CHIPS[chip].flops
+            counts = count(files[0].read_text())
+            flops = flops_per_pair(name, QK_WIDTH, V_WIDTH) * BLOCK_Q * BLOCK_K
+            least = flops * CHIPS[chip].clock / CHIPS[chip].flops
             found[name] = Steps(
-                block_q=kernel.block_q,
-                block_k=kernel.block_k,
+                block_q=BLOCK_Q,
+                block_k=BLOCK_K,
                 masked=round(max(counts.masked / group, least)),
                 full=round(max(counts.full / group, least)),
                 step=counts.step,
             )
     if not found:
-        raise InputError(f"{chip}: the program has none of the kernels {', '.join(KERNELS)}")
+        raise InputError(f"{chip}: the program has none of the kernels {', '.join(PRODUCTS)}")
     return found
 
 
@@ -121,7 +128,7 @@ def compile_kernels(chip: str, group: int) -> None:
     import jax.numpy as jnp
     from jax.sharding import NamedSharding
 
-    from neo_jax.kernels.interval_attention import interval_attention
+    from neo_jax.kernels.interval_attention import block_visits, interval_attention
     from neo_jax.plan.topology import find_topology
     from neo_jax.sharding import spec
 
@@ -131,22 +138,22 @@ def compile_kernels(chip: str, group: int) -> None:
     rows = mesh.size
 
     def loss(q, k, v, start, end):
-        z = interval_attention(q, k, v, start, end, QK_WIDTH**-0.5)
+        visits = block_visits(start, end, q.shape[1], (QK_WIDTH, V_WIDTH), q.dtype.itemsize)
+        z = interval_attention(q, k, v, start, end, QK_WIDTH**-0.5, visits)
         return jnp.sum(z.astype(jnp.float32))
 
     def array(shape, dtype=jnp.bfloat16):
         sharding = NamedSharding(mesh, spec("batch", *[None] * (len(shape) - 1)))
         return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding)
 
-    heads = group * GROUPS
+    widths = ((group * GROUPS, QK_WIDTH), (GROUPS, QK_WIDTH), (GROUPS, V_WIDTH))
+    options = topology.chip.options(with_flags=False) or None
     with jax.set_mesh(mesh):
-        bounds = array((LENGTH,), jnp.int32)
-        arrays = [array((LENGTH, n, width)) for n, width in
-                  ((heads, QK_WIDTH), (GROUPS, QK_WIDTH), (GROUPS, V_WIDTH))]  # fmt: skip
-        gradient = jax.jit(jax.grad(loss, (0, 1, 2)))
-        gradient.lower(*arrays, bounds, bounds).compile(
-            compiler_options=topology.chip.options(with_flags=False) or None
-        )
+        for length in LENGTHS:
+            arrays = [array((length, *shape)) for shape in widths]
+            arrays += [array((length,), jnp.int32)] * 2
+            gradient = jax.jit(jax.grad(loss, (0, 1, 2)))
+            gradient.lower(*arrays).compile(compiler_options=options)
 
 
 def main(argv: list[str] | None = None) -> int:

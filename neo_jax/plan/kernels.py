@@ -1,19 +1,23 @@
-"""The kernels that plans count: their names in programs and what one visit computes.
+"""The kernels whose work plans count, by their names in programs.
 
 A visit is a block of queries against a block of keys.
 """
 
-import dataclasses
+from neo_jax.kernels import pallas_backward, pallas_forward
+from neo_jax.kernels.flash import BLOCKS
 
+BLOCK_Q, BLOCK_K = BLOCKS
 
-@dataclasses.dataclass(frozen=True)
-class Kernel:
-    block_q: int
-    block_k: int
-    flops_per_pair: int  # of a query and a key, of one head 256 wide with values 128 wide
-
-
-KERNELS = {
-    "interval_attention_forward": Kernel(512, 512, 2 * (256 + 128)),
-    "interval_attention_backward": Kernel(512, 512, 2 * (3 * 256 + 2 * 128)),
+# Products of a visit: how many are as wide as queries and keys, how many as values.
+PRODUCTS = {
+    pallas_forward.NAME: (1, 1),
+    pallas_backward.NAME: (3, 2),
+    f"{pallas_backward.NAME}_queries": (2, 1),
+    f"{pallas_backward.NAME}_keys": (2, 2),
 }
+
+
+def flops_per_pair(kernel: str, qk_width: int, v_width: int) -> int:
+    """Of a query and a key, of one head."""
+    wide, narrow = PRODUCTS[kernel]
+    return 2 * (wide * qk_width + narrow * v_width)

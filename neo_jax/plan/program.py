@@ -177,4 +177,5 @@ def lower_training(c: Config, model: ModelConfig, mesh: Mesh) -> jax.stages.Lowe
         join = rules.merge
         if c.lora.rank:
             join = lambda factors, params: _adapted(factors, params, c.lora.scale)  # noqa: E731
-        return make_step(model, c.optim, c.steps, c.remat, join).lower(state, batch)
+        step = make_step(model, c.optim, c.steps, c.remat, join, c.attention)
+        return step.lower(state, batch)

@@ -23,8 +23,7 @@ from neo_jax.model.decoder import REMAT_POLICIES
 from neo_jax.plan.program import device_bytes, training_arguments
 from neo_jax.plan.result import GIB, MemoryUse, Plan, from_json
 from neo_jax.plan.topology import find_topology
-from neo_jax.plan.training import describe
-from neo_jax.sharding import batch_rows
+from neo_jax.sharding import batch_rows, describe
 from neo_jax.train.config import Config
 
 MINUTES = (1.5, 5)  # that a program takes to compile, about

@@ -18,8 +18,8 @@ from neo_jax.plan.packing import CAUSAL, packed
 from neo_jax.plan.program import Compiled, compiled, device_bytes, place
 from neo_jax.plan.result import GIB, MemoryUse, Plan
 from neo_jax.plan.topology import Topology, find_topology
-from neo_jax.plan.training import UNREADABLE, describe, tensor_size
-from neo_jax.sharding import batch_rows, spec
+from neo_jax.plan.training import UNREADABLE, tensor_size
+from neo_jax.sharding import batch_rows, describe, spec
 from neo_jax.train.metrics import flops_per_batch
 from neo_jax.weights.place import param_target
 

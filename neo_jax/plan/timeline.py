@@ -130,8 +130,8 @@ class _Walk:
             self.totals.unknown_kernels.append(name)
             return 0.0
         self.totals.kernel_seconds += times * seconds
-        calls = self.totals.kernel_calls
-        calls[name.split("/")[-1]] = calls.get(name.split("/")[-1], 0.0) + times
+        kernel = one.name.rstrip(".0123456789")
+        self.totals.kernel_calls[kernel] = self.totals.kernel_calls.get(kernel, 0.0) + times
         return seconds
 
     def _compute(self, where, one: Instruction, times: float, clock: _Clock) -> None:

@@ -21,6 +21,7 @@ from neo_jax.plan.program import (
 )
 from neo_jax.plan.result import GIB, MemoryUse, Plan
 from neo_jax.plan.topology import Topology, find_topology
+from neo_jax.sharding import describe
 from neo_jax.train.config import Config
 from neo_jax.weights.checkpoint import find_checkpoint
 from neo_jax.weights.published import open_published
@@ -154,12 +155,6 @@ def model_of(config: Config, module: ModuleType) -> ModelConfig:
     if not hasattr(module, "MODEL"):
         raise InputError("the config names no model: give start=DIRECTORY, a checkpoint")
     return module.MODEL
-
-
-def describe(mesh: Mesh) -> str:
-    """ "fsdp 16 x fsdp_minor 16"."""
-    sizes = [f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1]
-    return " x ".join(sizes) or "1 device"
 
 
 def _spelled(options: dict[str, str]) -> str:
