@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.show:
             print(to_json(config))
             return 0
-        _join_pod()
+        _join_pod(bool(args.pod))
         finished = train(config)
         if finished.is_stopped:
             return 143  # as a process that SIGTERM ended, so that launchers start it again
@@ -59,16 +59,21 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def _join_pod() -> None:
+def _join_pod(is_pod: bool) -> None:
     """Joins the other processes, if this is one of several: on a pod, or as the variables say."""
     import jax
+
+    from neo_jax.errors import InputError
 
     say = os.environ.get
     if address := say("JAX_COORDINATOR_ADDRESS"):
         count, number = (int(say(f"JAX_{name}", -1)) for name in ("NUM_PROCESSES", "PROCESS_ID"))
         jax.distributed.initialize(address, count, number)
-    elif "," in say("TPU_WORKER_HOSTNAMES", "") or say("MEGASCALE_COORDINATOR_ADDRESS"):
-        jax.distributed.initialize()  # it asks the cloud
+    elif is_pod or "," in say("TPU_WORKER_HOSTNAMES", "") or say("MEGASCALE_COORDINATOR_ADDRESS"):
+        try:
+            jax.distributed.initialize()  # it asks the cloud
+        except (RuntimeError, ValueError) as error:
+            raise InputError(f"no pod is here: {error}".split("\n")[0]) from error
 
 
 if __name__ == "__main__":

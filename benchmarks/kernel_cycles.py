@@ -109,7 +109,7 @@ def measured(chip: str, group: int) -> dict[str, Steps]:
                 continue
             counts = count(files[0].read_text())
             flops = flops_per_pair(name, QK_WIDTH, V_WIDTH) * BLOCK_Q * BLOCK_K
-            least = flops * CHIPS[chip].clock / CHIPS[chip].flops
+            least = flops * CHIPS[chip].cores * CHIPS[chip].clock / CHIPS[chip].flops
             found[name] = Steps(
                 block_q=BLOCK_Q,
                 block_k=BLOCK_K,

@@ -208,7 +208,7 @@ ENTRY %main (p: f32[64]) -> f32[256] {
 
     class Network:
         def collective(self, one, is_scattered=False):
-            return collectives.Collective("all-gather", ("x",), 4, 1024, 1024, 768, 1500.0, "")
+            return collectives.Collective("all-gather", ("x",), 4, 1024, 1024, "f32", 768, 1500, "")
 
     totals = timeline.walk(hlo.parse(text), Network(), 1.0, lambda one: None)
     assert (totals.all_cycles, totals.waits) == (1200, 500)

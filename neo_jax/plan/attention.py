@@ -26,7 +26,7 @@ class Steps:
 
     block_q: int
     block_k: int
-    masked: float  # cycles of one query head
+    masked: float  # cycles of one query head, on one core
     full: float  # the same, where no mask is needed
     step: float  # cycles of a step, whatever it computes
 
@@ -69,7 +69,7 @@ class Attention:
             return None
         visits, whole = self._visits(steps.block_q, steps.block_k).mean(axis=0)
         cycles = steps.cycles(visits, whole, self.groups, self.heads_of_group)
-        return self.rows_per_call * cycles / self.chip.clock
+        return self.rows_per_call * cycles / self.chip.cores / self.chip.clock
 
     @functools.cached_property
     def imbalance(self) -> float:

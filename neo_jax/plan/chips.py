@@ -22,8 +22,7 @@ class Chip:
     hbm_bandwidth: float  # bytes per second of a device
     link_bandwidth: float  # bytes per second of one link between neighbours, one way
     ring: int  # a dimension of the slice that is a multiple of this is closed to a ring
-    vmem_mib: int
-    host_devices: int  # devices of one host of a full slice
+    cores: int  # of a device: each runs its share of a kernel's heads
     flags: tuple[tuple[str, str], ...]  # of the compiler, for runs and for plans
     to_read: tuple[tuple[str, str], ...]  # for plans only
 
@@ -55,10 +54,10 @@ _ALL_OFFLOADS = (
 )
 
 _TABLE = (
-    ("v5e", "v5e", 197e12, 1.5e9, 15.75, 819e9, 45e9, 16, 128, 8, _VMEM, ()),
-    ("v5p", "v5p", 459e12, 1.75e9, 95.73, 2765e9, 90e9, 4, 64, 4, (), _GATHERS),
-    ("v6e", "v6e", 918e12, 1.75e9, 31.24, 1638e9, 90e9, 16, 128, 8, _VMEM, _GATHERS),
-    ("v7x", "tpu7x", 1153.5e12, 2.2e9, 94.74, 3690e9, 90e9, 4, 64, 8, (), _ALL_OFFLOADS),
+    ("v5e", "v5e", 197e12, 1.5e9, 15.75, 819e9, 45e9, 16, 1, _VMEM, ()),
+    ("v5p", "v5p", 459e12, 1.75e9, 95.73, 2765e9, 90e9, 4, 2, (), _GATHERS),
+    ("v6e", "v6e", 918e12, 1.75e9, 31.24, 1638e9, 90e9, 16, 1, _VMEM, _GATHERS),
+    ("v7x", "tpu7x", 1153.5e12, 2.2e9, 94.74, 3690e9, 90e9, 4, 1, (), _ALL_OFFLOADS),
 )
 CHIPS = {row[0]: Chip(*row) for row in _TABLE}
 

@@ -26,6 +26,7 @@ class Collective:
     group: int  # devices that take part together
     bytes: int  # of the whole: what is gathered, reduced, or scattered, on each device
     largest: int  # bytes of its largest array
+    array: str  # that one's type and shape
     sent: float  # bytes that a device must send
     seconds: float  # at the least
     op_name: str
@@ -66,7 +67,9 @@ class Network:
             self._bandwidth[key] = self._topology.bandwidth(devices)
         seconds = sent / self._bandwidth[key]
         axes = self._axes(group)
-        return Collective(kind, axes, count, total, max(sizes), sent, seconds, one.op_name)
+        largest = max(arrays, key=lambda array: array.bytes)
+        named = f"{largest.dtype}{list(largest.shape)}"
+        return Collective(kind, axes, count, total, max(sizes), named, sent, seconds, one.op_name)
 
     def _axes(self, group: list[int]) -> tuple[str, ...]:
         places = np.array(np.unravel_index(group, self._mesh.devices.shape))

@@ -60,22 +60,25 @@ def traffic(totals: Totals) -> tuple[Traffic, ...]:
     return tuple(sorted(rows, key=lambda row: -row.seconds))
 
 
-def all_reduced(totals: Totals) -> float:
-    """Bytes that are all-reduced over axes that split the batch: gradients should be scattered."""
-    axes = set(axis_names("batch"))
-    return sum(
-        one.bytes * count
-        for one, count, _ in totals.collectives
-        if one.kind == "all-reduce" and axes & set(one.axes)
-    )
+def all_reduced(totals: Totals) -> dict[str, float]:
+    """Bytes that are all-reduced over axes that split the batch, by the largest array of each.
+
+    Gradients of weights should be scattered instead: half the traffic.
+    """
+    axes, found = set(axis_names("batch")), {}
+    for one, count, _ in totals.collectives:
+        if one.kind == "all-reduce" and axes & set(one.axes):
+            found[one.array] = found.get(one.array, 0.0) + one.bytes * count
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
 def largest_all_gather(totals: Totals) -> tuple[int, str]:
+    """Its bytes, and what it is."""
     gathers: Iterable[Collective] = (
         one for one, _, _ in totals.collectives if one.kind == "all-gather"
     )
     largest = max(gathers, key=lambda one: one.largest, default=None)
-    return (largest.largest, largest.op_name) if largest else (0, "")
+    return (largest.largest, f"{largest.array} {largest.op_name}") if largest else (0, "")
 
 
 def model_flops(c: ModelConfig, trained: Sequence[str], rows: Sequence[Row]) -> float:

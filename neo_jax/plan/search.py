@@ -6,6 +6,7 @@ one that fails, even one that ends its process, is a line in the ranking.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import subprocess
@@ -23,6 +24,7 @@ from neo_jax.model.decoder import REMAT_POLICIES
 from neo_jax.plan.program import device_bytes, training_arguments
 from neo_jax.plan.result import GIB, MemoryUse, Plan, from_json
 from neo_jax.plan.topology import find_topology
+from neo_jax.plan.training import tensor_size
 from neo_jax.sharding import batch_rows, describe
 from neo_jax.train.config import Config
 
@@ -71,7 +73,10 @@ def candidates(
     """Configs and the least bytes that each needs on a device; tokens of a step stay the same."""
     slice_ = find_topology(topology)
     for sizes in [mesh] if mesh else _meshes(len(slice_.devices), model):
-        placed = slice_.mesh(sizes)
+        try:
+            placed = slice_.mesh(sizes)
+        except InputError:  # the slice has no such axes
+            continue
         for micro in MICRO_BATCHES:
             if c.data.rows % (micro * batch_rows(placed)):
                 continue
@@ -87,7 +92,7 @@ def least_bytes(c: Config, model: ModelConfig, mesh) -> int:
     """State, batch and the residual stream that every policy keeps: no program has less."""
     with jax.set_mesh(mesh):
         arguments = training_arguments(c, model, mesh)
-    rows = c.data.rows / batch_rows(mesh) / c.micro_batches
+    rows = c.data.rows * tensor_size(mesh) / mesh.size / c.micro_batches  # or a part of one
     kept = rows * c.data.length * model.hidden_size * 2 * model.num_layers
     if c.remat == "none":  # and the inputs of every product
         kept *= 1 + (2 * model.intermediate_size + model.hidden_size) / model.hidden_size
@@ -95,19 +100,17 @@ def least_bytes(c: Config, model: ModelConfig, mesh) -> int:
 
 
 def _meshes(count: int, model: ModelConfig) -> Iterator[tuple[int, ...]]:
-    for tensor in (1, 2, 4, 8):
-        if model.num_key_value_heads % tensor or count % tensor:
-            continue
-        for data in (1, 2, 4):
-            if count // tensor % data == 0:
-                yield data, count // tensor // data, tensor
+    for tensor, context, data in itertools.product((1, 2, 4, 8), (1, 2, 4), (1, 2, 4)):
+        fsdp, rest = divmod(count, tensor * context * data)
+        if not rest and fsdp and not model.num_key_value_heads % tensor:
+            yield (data, fsdp, tensor) if context == 1 else (data, fsdp, tensor, context)
 
 
 def _promise(candidate: tuple[Config, int]) -> tuple:
     """What is tried first: little communication, little computed twice."""
     c, _ = candidate
     recomputed = {"none": 0, "full": 2}.get(c.remat, 1)
-    return (c.mesh[2], c.mesh[0], recomputed, c.micro_batches)
+    return (c.mesh[2], len(c.mesh), c.mesh[0], recomputed, c.micro_batches)
 
 
 def _limit(topology: str) -> float:

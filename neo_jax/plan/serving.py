@@ -207,7 +207,7 @@ class _Serving:
             mfu=flops / chip.flops / times.step,
             mfu_compute=flops / chip.flops / times.compute,
             traffic=costs.traffic(totals),
-            all_reduced=costs.all_reduced(totals),
+            all_reduced=sum(costs.all_reduced(totals).values()),
             largest_all_gather=costs.largest_all_gather(totals),
             notes=notes,
             warnings=tuple(f"gathered whole: {what}" for what in made.rematerialized),

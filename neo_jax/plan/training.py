@@ -124,7 +124,7 @@ def _with_costs(plan: Plan, program: Compiled, config, model, mesh: Mesh, slice_
         mfu=ideal / times.step,
         mfu_compute=ideal / times.compute,
         traffic=costs.traffic(totals),
-        all_reduced=costs.all_reduced(totals),
+        all_reduced=sum(costs.all_reduced(totals).values()),
         largest_all_gather=costs.largest_all_gather(totals),
         notes={
             "tokens per device with padding": length * per_device,
@@ -132,6 +132,9 @@ def _with_costs(plan: Plan, program: Compiled, config, model, mesh: Mesh, slice_
             "keys that a token sees": keys,
             "attention, fullest row / mean": counted.imbalance,
             "kernel calls": totals.kernel_calls,
+            "all-reduced, MB": {
+                array: size / 1e6 for array, size in list(costs.all_reduced(totals).items())[:4]
+            },
             "loops counted once": sorted(set(totals.unknown_loops)),
             "kernels not counted": sorted(set(totals.unknown_kernels)),
         },
