@@ -38,7 +38,7 @@ case ${1:-} in
     ;;
   run)
     shift
-    # One pid file a host; a run that SIGTERM stopped ends with 143 and is started again.
+    # The run goes on when the connection ends; each host keeps its process id and its log.
     everywhere "cd $FOLDER && nohup env LIBTPU_INIT_ARGS='$FLAGS' \
       JAX_COMPILATION_CACHE_DIR='${JAX_COMPILATION_CACHE_DIR:-}' \
       .venv/bin/python train.py $(printf '%q ' "$@") > run.log 2>&1 < /dev/null & echo \$! > $FOLDER/run.pid"

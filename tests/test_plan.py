@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -465,6 +466,44 @@ def test_candidates_keep_the_step_and_leave_out_what_cannot_be():
     by_micro = {one.micro_batches: least for one, least in found if one.remat == "full"
                 and one.mesh == (1, 4, 1)}  # fmt: skip
     assert by_micro[1] > by_micro[2]
+
+
+@needs_compiler
+def test_a_search_ranks_what_fits_and_outlives_what_fails(monkeypatch, capsys, tmp_path):
+    tiny_plan()
+    run, out = subprocess.run, tmp_path / "plans.json"
+
+    def dies_at_full(command, **options):
+        if "full" in command:
+            return subprocess.CompletedProcess(command, -6, "", "")
+        return run(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", dies_at_full)
+    monkeypatch.setattr(search, "REMAT_POLICIES", ("none", "full"))
+    monkeypatch.setattr(search, "MICRO_BATCHES", (1,))
+    settings = ["model.num_post_llm_layers=1", "--length", "256", "--rows", "4", "--mesh", "1x4x1"]
+    command = ["configs/tiny_shapes.py", *settings, "--topology", "v5e:2x2", "--packing", "text"]
+    assert main([*command, "--search", "--json", str(out)]) == 0
+    said = capsys.readouterr()
+    assert "2 candidates, 0 cannot fit; compiling 2" in said.err
+    best, worst = said.out.split("\n")[1:3]
+    assert "none" in best
+    assert "ended with -6" in worst
+    assert [plan["problem"] for plan in json.loads(out.read_text())] == ["", "ended with -6"]
+
+
+@needs_compiler
+def test_rings_have_twice_the_bandwidth_of_lines():
+    for name, count, links in (
+        ("v5e:16x16", 16, 2),  # a whole side of a pod is a ring
+        ("v5e:4x4", 4, 1),
+        ("v5e:16x16", 256, 4),
+        ("v5p:4x4x4", 4, 2),
+        ("v5e:16x16", 8, 1),
+    ):
+        topology = find_topology(name)
+        along = sorted(topology.devices, key=lambda device: tuple(reversed(device.coords)))
+        assert topology.bandwidth(along[:count]) == links * topology.chip.link_bandwidth
 
 
 def test_every_pod_has_settings_that_its_config_takes():

@@ -45,6 +45,12 @@ def times(totals: Totals, chip: Chip) -> Times:
     )
 
 
+def longest(totals: Totals, chip: Chip, most: int = 12) -> tuple[tuple[str, float, float], ...]:
+    """The operations that take longest: what they are, how often they run, seconds together."""
+    ranked = sorted(totals.operations.items(), key=lambda item: -item[1][0])[:most]
+    return tuple((name, runs, cycles / chip.clock) for name, (cycles, runs) in ranked)
+
+
 def traffic(totals: Totals) -> tuple[Traffic, ...]:
     """Collectives by kind and axes, the longest first."""
     sums: dict[tuple[str, str, bool], list[float]] = {}

@@ -84,6 +84,10 @@ def _body(plan: Plan) -> Iterator[str]:
             "MFU, at most", f"{plan.mfu:.1%}", f"{plan.mfu_compute:.1%} without the network"
         )
     yield _line("tokens/s of a device, at most", f"{plan.tokens_per_second:,.0f}")
+    yield "\nlongest operations"
+    for name, runs, seconds in plan.operations:
+        yield f"{1e3 * seconds:>8.1f} ms {runs:>5.0f} x {name}"
+    yield ""
     for name, value in plan.notes.items():
         if value or value == 0.0:
             yield f"{name:{_WIDTH}} {_said(value)}"

@@ -96,6 +96,7 @@ class Plan:
     traffic: tuple[Traffic, ...] = ()
     all_reduced: float = 0.0  # bytes of all-reduces over the axes that split the batch
     largest_all_gather: tuple[int, str] = (0, "")  # bytes, and of what
+    operations: tuple[tuple[str, float, float], ...] = ()  # the longest: what, runs, seconds
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
     warnings: tuple[str, ...] = ()  # each one a failure
     compile_seconds: float = 0.0
@@ -131,4 +132,5 @@ def from_json(values: dict[str, Any]) -> Plan:
     values["traffic"] = tuple(built(Traffic, row) for row in values["traffic"])
     values["largest_all_gather"] = tuple(values["largest_all_gather"])
     values["warnings"] = tuple(values["warnings"])
+    values["operations"] = tuple(tuple(one) for one in values["operations"])
     return built(Plan, values)

@@ -209,6 +209,7 @@ class _Serving:
             traffic=costs.traffic(totals),
             all_reduced=sum(costs.all_reduced(totals).values()),
             largest_all_gather=costs.largest_all_gather(totals),
+            operations=costs.longest(totals, chip),
             notes=notes,
             warnings=tuple(f"gathered whole: {what}" for what in made.rematerialized),
         )

@@ -24,6 +24,8 @@ class Totals:
     """Of one device and one run of the program."""
 
     cycles: dict[tuple[str, str, str], float]  # by kind of work, part of the model and phase
+    # Cycles and runs by operation: where it comes from, and the type that it makes.
+    operations: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     flops: float = 0.0  # of matrix products outside of kernels, as executed
     hbm_bytes: float = 0.0
     kernel_seconds: float = 0.0
@@ -37,10 +39,25 @@ class Totals:
     def all_cycles(self) -> float:
         return sum(self.cycles.values())
 
+    def _count(self, name: str, cycles: float, runs: float) -> None:
+        entry = self.operations.setdefault(name, [0.0, 0.0])
+        entry[0] += cycles
+        entry[1] += runs
+
+    def add_operation(self, one: Instruction, kind: str, times: float) -> None:
+        where = one.op_name.split("closed_call/")[-1] or one.name.rstrip(".0123456789")
+        made = max(one.arrays, key=lambda array: array.bytes, default=None)
+        shape = f" {made.dtype}{list(made.shape)}" if made else ""
+        name = f"{work.phase(one.op_name)} {kind}: {where}{shape}"
+        self._count(name, times * one.cycles, times)
+
     def add(self, other: "Totals") -> None:
         for field in dataclasses.fields(self):
             value = getattr(other, field.name)
-            if isinstance(value, dict):
+            if field.name == "operations":
+                for name, (cycles, runs) in value.items():
+                    self._count(name, cycles, runs)
+            elif isinstance(value, dict):
                 mine = getattr(self, field.name)
                 mine.update({key: mine.get(key, 0.0) + value[key] for key in value})
             else:
@@ -138,6 +155,7 @@ class _Walk:
         key = (work.kind(self.module, one), work.part(one.op_name), work.phase(one.op_name))
         if one.cycles:
             self.totals.cycles[key] += times * one.cycles
+            self.totals.add_operation(one, key[0], times)
             clock.now += one.cycles / self.clock_rate
         self.totals.flops += times * work.products(self.module, where, one)
 

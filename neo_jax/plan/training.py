@@ -126,6 +126,7 @@ def _with_costs(plan: Plan, program: Compiled, config, model, mesh: Mesh, slice_
         traffic=costs.traffic(totals),
         all_reduced=sum(costs.all_reduced(totals).values()),
         largest_all_gather=costs.largest_all_gather(totals),
+        operations=costs.longest(totals, chip),
         notes={
             "tokens per device with padding": length * per_device,
             "fill of rows": tokens / length,
