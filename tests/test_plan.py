@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -39,6 +40,7 @@ from neo_jax.plan.program import compiled
 from neo_jax.plan.result import from_json
 from neo_jax.plan.topology import find_topology
 from neo_jax.plan.training import plan_training
+from neo_jax.sharding import make_mesh
 from neo_jax.train import config_file, rules
 from neo_jax.train.config import override
 from tests.conftest import raises
@@ -504,6 +506,30 @@ def test_rings_have_twice_the_bandwidth_of_lines():
         topology = find_topology(name)
         along = sorted(topology.devices, key=lambda device: tuple(reversed(device.coords)))
         assert topology.bandwidth(along[:count]) == links * topology.chip.link_bandwidth
+
+
+@needs_compiler
+def test_meshes_lie_along_the_sides_of_their_slice():
+    for name, sizes, wanted in (
+        ("v5e:16x16", (1, 256, 1), (1, 16, 16, 1, 1)),
+        ("v5p:4x4x4", (1, 64, 1), (1, 16, 4, 1, 1)),  # 8 x 8 would cut a side
+        ("v5e:16x16", (1, 128, 1, 2), (1, 16, 8, 2, 1)),
+        ("v5e:4x4", (1, 8, 2), (1, 4, 2, 1, 2)),
+    ):
+        mesh = find_topology(name).mesh(sizes)
+        assert tuple(mesh.shape.values()) == wanted
+        along = [device.coords for device in mesh.devices[0, :, 0, 0, 0]]
+        sides = sum(len(set(axis)) > 1 for axis in zip(*along, strict=True))
+        assert sides == (2 if name == "v5p:4x4x4" else 1)
+
+
+@needs_compiler
+def test_data_goes_along_slices():
+    described = topologies.get_topology_desc("v5e:4x4", platform="tpu", num_slices=2)
+    mesh = make_mesh((2, 16, 1), described.devices)
+    assert [{one.slice_index for one in part.flat} for part in mesh.devices] == [{0}, {1}]
+    with raises("data", "2 slices"):
+        make_mesh((1, 32, 1), described.devices)
 
 
 def test_every_pod_has_settings_that_its_config_takes():

@@ -66,13 +66,7 @@ class Topology:
                 f"mesh {_by(sizes)} has {math.prod(sizes)} devices, {self} has {count}: "
                 "use sizes whose product is that, or -1 for one of them"
             )
-        try:
-            return make_mesh(sizes, devices=self.devices)
-        except NotImplementedError as error:  # JAX lays axes along whole sides of the slice
-            raise InputError(
-                f"mesh {_by(sizes)}: its axes are no products of the sides of {self}; "
-                "use other sizes"
-            ) from error
+        return make_mesh(sizes, devices=self.devices)
 
     def bandwidth(self, devices: list[jax.Device]) -> float:
         """Bytes per second that each of a group of devices can send to the others.
