@@ -351,7 +351,8 @@ def test_a_plan_says_what_the_step_needs():
     assert plan.executed_flops > plan.model_flops > 0
     assert plan.times.step >= plan.times.compute > plan.model_flops / 197e12
     assert 0 < plan.mfu <= plan.mfu_compute < 1
-    assert {row.axes for row in plan.traffic} == {"fsdp"}
+    # 4 devices are 2 x 2; gradients are reduced over one axis after the other, a sum over both.
+    assert {row.axes for row in plan.traffic} == {"fsdp", "fsdp_minor", "fsdp+fsdp_minor"}
     assert from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
 
@@ -437,6 +438,11 @@ def test_command_line_makes_table_json_and_figure(tmp_path, capsys):
         ("configs/tiny_shapes.py --pod v5e-16", ("pods.py", "mesh=")),
         ("configs/neo_ov_2b_sft.py --pod v5e-17", ("v5e-17", "v5e-16")),
         ("configs/tiny_shapes.py --topology v5e:2x2 --mesh 1x4x1 --option x", ("NAME=VALUE",)),
+        (
+            "configs/tiny_shapes.py --topology v5e:2x2 --mesh 1x4x1 --packing text --length 512 "
+            "--option xla_nonsense=1",
+            ("compiler", "xla_nonsense"),
+        ),
     ],
 )
 @needs_compiler

@@ -52,7 +52,11 @@ class Compiled:
 
 
 def compiled(lower: Callable[[], jax.stages.Lowered], options: dict[str, str]) -> Compiled:
-    """Lowers and compiles for the devices that the arguments' shardings name."""
+    """Lowers and compiles for the devices that the arguments' shardings name.
+
+    Raises:
+      InputError: when the compiler refuses an option.
+    """
     begin = time.perf_counter()
     with standard_error() as said:
         try:
@@ -61,6 +65,8 @@ def compiled(lower: Callable[[], jax.stages.Lowered], options: dict[str, str]) -
             raise
         except Exception as error:  # whatever the compiler raises; out of memory is one of them
             program, problem = None, _reason(str(error))
+            if isinstance(error, jax.errors.JaxRuntimeError) and not problem:
+                raise InputError(f"the TPU compiler: {str(error).strip()[:400]}") from error
             if not problem:
                 raise
     warnings = tuple(
