@@ -22,7 +22,7 @@ from pathlib import Path
 from neo_jax.errors import InputError
 from neo_jax.plan.attention import TABLE, Steps
 from neo_jax.plan.chips import CHIPS
-from neo_jax.plan.kernels import BLOCK_K, BLOCK_Q, PRODUCTS, flops_per_pair
+from neo_jax.plan.kernels import BLOCK_K, BLOCK_Q, PRODUCTS, STREAMED, flops_per_pair
 
 SLICES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "v7x": "v7x:2x2x1"}
 TOLERANCE = 0.02
@@ -51,22 +51,7 @@ def count(text: str) -> Counts:
     Raises:
       InputError: when the loop is not as expected.
     """
-    places, branches, first = {}, [], None
-    for line in text.split("\n"):
-        found = _BUNDLE.match(line)
-        if not found:
-            continue
-        place = int(found[1], 16)
-        for region in _REGION.findall(line):
-            places.setdefault(int(region), place)
-        if found[2] == "LB" and first is None:
-            first = place
-        if branch := _BRANCH.search(line):
-            branches.append((place, int(branch[1])))
-    inside = [(place, region) for place, region in branches if first is not None and place > first]
-    if not inside:
-        raise InputError("the kernel's bundles have no loop: has its shape changed?")
-    back = max(place for place, _ in inside)
+    places, first, back, inside = _loop(text)
     skipped = [(place, places[region]) for place, region in inside if places[region] > place]
     large = [(a, b) for a, b in skipped if b - a > (back - first) // 8]
     bodies = [
@@ -86,9 +71,39 @@ def count(text: str) -> Counts:
     return Counts(masked, full, len(rest))
 
 
-def measured(chip: str, group: int) -> dict[str, Steps]:
-    """Compiles the kernels for a chip, with `group` query heads to a key head."""
-    found = {}
+def loop_bundles(text: str) -> int:
+    """Of one turn of a kernel's loop, whatever is in it."""
+    _, first, back, _ = _loop(text)
+    return back - first
+
+
+def _loop(text: str) -> tuple[dict[int, int], int, int, list[tuple[int, int]]]:
+    """Where regions start; first and last bundle of the outermost loop; branches in it."""
+    places, branches, first = {}, [], None
+    for line in text.split("\n"):
+        found = _BUNDLE.match(line)
+        if not found:
+            continue
+        place = int(found[1], 16)
+        for region in _REGION.findall(line):
+            places.setdefault(int(region), place)
+        if found[2] == "LB" and first is None:
+            first = place
+        if branch := _BRANCH.search(line):
+            branches.append((place, int(branch[1])))
+    inside = [(place, region) for place, region in branches if first is not None and place > first]
+    if not inside:
+        raise InputError("the kernel's bundles have no loop: has its shape changed?")
+    return places, first, max(place for place, _ in inside), inside
+
+
+def measured(chip: str, group: int) -> tuple[dict[str, Steps], dict[str, int]]:
+    """Compiles the kernels for a chip, with `group` query heads to a key head.
+
+    Returns:
+      what attention's visits take, and a block of the kernels that stream.
+    """
+    found, streams = {}, {}
     with tempfile.TemporaryDirectory() as directory:
         arguments = f"--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true"
         environment = os.environ | {"LIBTPU_INIT_ARGS": arguments}
@@ -117,9 +132,14 @@ def measured(chip: str, group: int) -> dict[str, Steps]:
                 full=round(max(counts.full / group, least)),
                 step=counts.step,
             )
+        for name in STREAMED:
+            files = sorted(Path(directory).glob(f"*{name}*final_bundles.txt"))
+            files = [file for file in files if "schedule-analysis" not in file.name]
+            if files:
+                streams[name] = loop_bundles(files[0].read_text())
     if not found:
         raise InputError(f"{chip}: the program has none of the kernels {', '.join(PRODUCTS)}")
-    return found
+    return found, streams
 
 
 def compile_kernels(chip: str, group: int) -> None:
@@ -127,8 +147,10 @@ def compile_kernels(chip: str, group: int) -> None:
     import jax
     import jax.numpy as jnp
     from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
 
     from neo_jax.kernels.interval_attention import block_visits, interval_attention
+    from neo_jax.kernels.norm_rope import norm_rope
     from neo_jax.plan.topology import find_topology
     from neo_jax.sharding import spec
 
@@ -146,6 +168,10 @@ def compile_kernels(chip: str, group: int) -> None:
         sharding = NamedSharding(mesh, spec("batch", *[None] * (len(shape) - 1)))
         return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding)
 
+    def normed(x, scale, cos, sin):
+        y = norm_rope(x, scale, cos, sin, (QK_WIDTH // 4, QK_WIDTH // 8, QK_WIDTH // 8), 1e-6)
+        return jnp.sum(y.astype(jnp.float32))
+
     widths = ((group * GROUPS, QK_WIDTH), (GROUPS, QK_WIDTH), (GROUPS, V_WIDTH))
     options = topology.chip.options(with_flags=False) or None
     with jax.set_mesh(mesh):
@@ -154,6 +180,11 @@ def compile_kernels(chip: str, group: int) -> None:
             arrays += [array((length,), jnp.int32)] * 2
             gradient = jax.jit(jax.grad(loss, (0, 1, 2)))
             gradient.lower(*arrays).compile(compiler_options=options)
+        angles = array((LENGTHS[0], QK_WIDTH // 2), jnp.float32)
+        scale = jax.ShapeDtypeStruct((QK_WIDTH,), jnp.float32, sharding=NamedSharding(mesh, P()))
+        heads = array((LENGTHS[0], 16, QK_WIDTH))
+        gradient = jax.jit(jax.value_and_grad(normed, (0, 1)))
+        gradient.lower(heads, scale, angles, angles).compile(compiler_options=options)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -184,14 +215,20 @@ def compare(chips: list[str], group: int, is_written: bool) -> int:
     for chip in chips:
         if chip not in SLICES:
             raise InputError(f"{chip}: use one of {', '.join(SLICES)}")
-        for name, steps in measured(chip, group).items():
-            budget = kept["kernels"].get(name, {}).get(chip)
+        found, streams = measured(chip, group)
+        rows = []
+        for name, steps in found.items():
+            budget = kept["kernels"].get(name, {}).get(chip, {})
             for part in ("masked", "full", "step"):
-                value, most = getattr(steps, part), budget and budget[part]
-                over = most is not None and value > (1 + TOLERANCE) * most
-                is_over |= over
-                print(f"{chip:6}{name:38}{part:8}{value:9}{most or '-':>9}{'  OVER' * over}")
+                rows.append((name, part, getattr(steps, part), budget.get(part)))
             kept["kernels"].setdefault(name, {})[chip] = dataclasses.asdict(steps)
+        for name, bundles in streams.items():
+            rows.append((name, "block", bundles, kept["streamed"].get(name, {}).get(chip)))
+            kept["streamed"].setdefault(name, {})[chip] = bundles
+        for name, part, value, most in rows:
+            over = most is not None and value > (1 + TOLERANCE) * most
+            is_over |= over
+            print(f"{chip:6}{name:38}{part:8}{value:9}{most or '-':>9}{'  OVER' * over}")
     if is_written:
         TABLE.write_text(json.dumps(kept, indent=2) + "\n")
         return 0

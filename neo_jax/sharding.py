@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -37,6 +38,7 @@ AXES = {
     "ffw": "tensor",
     "vocab": "tensor",
 }
+EVEN = 2048  # TPUs reduce rows of odd widths whole; wide ones are made a multiple of this
 _ON_DEVICE = (*ROWS, "context")  # the axes that `on_each_device` takes out of the types
 
 
@@ -207,18 +209,25 @@ def _gather_rows(part: jax.Array) -> jax.Array:
 
 
 def _scatter_rows(whole: jax.Array) -> jax.Array:
+    columns = whole.shape[1]
+    if columns > EVEN:
+        whole = jnp.pad(whole, ((0, 0), (0, -columns % EVEN)))
     for axis in FSDP:
         whole = jax.lax.psum_scatter(whole, axis, scatter_dimension=0, tiled=True)
-    return whole
+    return whole[:, :columns]
 
 
 def _moved(move: Callable, array: jax.Array, partition: P) -> jax.Array:
-    """`move` of the dimension that fsdp splits, as rows of a matrix: else TPUs reduce it whole."""
+    """`move` of the dimension that fsdp splits, as rows of a matrix that lie together.
+
+    Of anything else a TPU would make an all-reduce.
+    """
     dimension = tuple(partition).index(FSDP)
 
     def local(array):
         array = jnp.moveaxis(array, dimension, 0)
-        moved = move(array.reshape(array.shape[0], -1))
+        rows = with_layout_constraint(array.reshape(array.shape[0], -1), Layout((0, 1)))
+        moved = move(rows)
         return jnp.moveaxis(moved.reshape(-1, *array.shape[1:]), 0, dimension)
 
     return _on_part(local, array)

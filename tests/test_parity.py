@@ -106,7 +106,8 @@ def test_heads_of_the_first_layer():
     with jax.set_mesh(neo.mesh):
         embeds = outputs["inputs_embeds"][None]
         q, k, v = run(neo.params, embeds, inputs["indexes"].T[None])
-    close(np.moveaxis(q[0], 0, 1), outputs["layer0_q"][..., ours])
+    scaled = outputs["layer0_q"] * (c.head_dim**-0.5 / SCALE)  # for the softmax
+    close(np.moveaxis(q[0], 0, 1), scaled[..., ours])
     close(np.moveaxis(k[0], 0, 1), outputs["layer0_k"][..., ours])
     close(np.moveaxis(v[0], 0, 1), outputs["layer0_v"])
     assert outputs["scaling"] == pytest.approx(c.head_dim**-0.5)

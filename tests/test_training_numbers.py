@@ -17,9 +17,9 @@ from neo_jax.data.mixture import Mixture
 from neo_jax.data.positions import block_order
 from neo_jax.data.supervised import Limits, TooLong, supervised_example
 from neo_jax.model.neo import bind
+from neo_jax.sharding import spec
 from neo_jax.train import loss as loss_module
 from neo_jax.train import rules
-from neo_jax.sharding import spec
 from neo_jax.train.optimizer import OptimConfig, learning_rate
 from neo_jax.train.step import loss_and_gradients, make_evaluation, make_step, new_state
 from neo_jax.weights import mapping
@@ -253,7 +253,11 @@ def test_steps_are_the_same_on_every_mesh(mesh):
 
 def test_micro_batches_and_remat_change_nothing():
     one = optimized(MESHES[0])
-    for other in (optimized(MESHES[0], micro=4), optimized(MESHES[0], remat="full")):
+    for other in (
+        optimized(MESHES[0], micro=4),
+        optimized(MESHES[0], remat="full"),
+        optimized(MESHES[0], remat="projections"),
+    ):
         np.testing.assert_allclose(other[0], one[0], rtol=1e-5)
         np.testing.assert_allclose(other[1], one[1], rtol=1e-4)
 

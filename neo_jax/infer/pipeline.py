@@ -223,8 +223,8 @@ def load(
         one that `convert.from_hf` or training wrote.
       dtype: "bfloat16" or "float32", of parameters and matrix products; norms, rotary angles,
         softmax and logits are float32 in both.
-      mesh: sizes of (data, fsdp, tensor), or a Mesh from neo_jax.sharding; default: heads split over
-        as many local devices as divide them.
+      mesh: sizes of (data, fsdp, tensor), or a Mesh from neo_jax.sharding; default: heads
+        split over as many local devices as divide them.
       weights: "int8" keeps the large matrices in 8 bits, half the memory of bfloat16.
 
     Raises:

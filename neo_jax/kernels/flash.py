@@ -66,7 +66,8 @@ def flash(q_btnj, k_bskj, v_bskh, start_bt, end_bt, visits, scale, implementatio
 def _forward(q_btnj, k_bskj, v_bskh, start_bt, end_bt, visits, scale, implementation):
     arrays = (q_btnj, k_bskj, v_bskh, start_bt, end_bt)
     z_btnh, log_sum = _choose(implementation, _pallas, _blockwise)(*arrays, visits, scale=scale)
-    z_btnh = checkpoint_name(z_btnh, "attended")
+    # Named as it is kept: with heads as a dimension it would be laid out anew, twice.
+    z_btnh = checkpoint_name(_lanes(z_btnh), "attended").reshape(z_btnh.shape)
     log_sum = checkpoint_name(log_sum, "log_sum")
     return z_btnh, (*arrays, visits, z_btnh, log_sum)
 
@@ -101,7 +102,7 @@ def _blockwise(q_btnj, k_bskj, v_bskh, start_bt, end_bt, visits, scale):
 
 
 def _blockwise_backward(*residuals_and_dz, scale):
-    *arrays, visits, z_btnh, log_sum, dz_btnh = residuals_and_dz
+    *arrays, _, z_btnh, log_sum, dz_btnh = residuals_and_dz
     log_sum = jnp.moveaxis(log_sum, 3, 1).reshape(z_btnh.shape[:3])
     return blockwise.backward(*arrays, z_btnh, log_sum, dz_btnh, scale)
 
@@ -121,15 +122,12 @@ def _pallas_backward(*residuals_and_dz, scale, is_interpreted=False):
     (t, n), (s, k) = arrays[0].shape[1:3], arrays[1].shape[1:3]
     blocks = blocks_for(t, s)
     z_bti, dz_bti = (_filled(_lanes(array), blocks[0]) for array in (z_btnh, dz_btnh))
-    own = _by_key_head(jnp.sum(z_btnh.astype(jnp.float32) * dz_btnh.astype(jnp.float32), 3), k)
-    log_sum, own = (
-        jnp.pad(array, [(0, 0)] * 3 + [(0, -t % blocks[0])]) for array in (log_sum, own)
-    )
+    log_sum = jnp.pad(log_sum, [(0, 0)] * 3 + [(0, -t % blocks[0])])
     gradients = pallas_backward.backward(
         *_flat(*arrays, blocks, scale),
-        dz_bti,
+        z_bti,
         log_sum,
-        own,
+        dz_bti,
         visits,
         scale,
         (n, k),
@@ -144,7 +142,9 @@ def _pallas_backward(*residuals_and_dz, scale, is_interpreted=False):
 
 def _flat(q_btnj, k_bskj, v_bskh, start_bt, end_bt, blocks, scale):
     """What the kernels take: scaled queries, heads as lanes, whole blocks."""
-    q_btnj = (q_btnj.astype(jnp.float32) * (scale * np.log2(np.e))).astype(q_btnj.dtype)
+    factor = scale * np.log2(np.e)  # the kernels' scores are in powers of 2
+    if abs(factor - 1) > 1e-6:
+        q_btnj = (q_btnj.astype(jnp.float32) * factor).astype(q_btnj.dtype)
     q_bti, k_bsi, v_bsi = (_lanes(array) for array in (q_btnj, k_bskj, v_bskh))
     q_bti, start_bt, end_bt = (_filled(array, blocks[0]) for array in (q_bti, start_bt, end_bt))
     return q_bti, _filled(k_bsi, blocks[1]), _filled(v_bsi, blocks[1]), start_bt, end_bt

@@ -8,12 +8,12 @@ Runs under a mesh; batch and heads may be split over it.
 import functools
 
 import jax
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from neo_jax.errors import InputError
 from neo_jax.kernels import dense
 from neo_jax.kernels.flash import LANES, Visits, flash, needs_keys, visits_of
+from neo_jax.kernels.on_device import is_on_device, on_device, partition
 from neo_jax.kernels.one_query import attend_one
 
 IMPLEMENTATIONS = ("auto", "dense", "blockwise", "pallas", "interpreted")
@@ -46,12 +46,7 @@ def interval_attention(
         raise InputError(f"attention {implementation!r}: use one of {', '.join(IMPLEMENTATIONS)}")
     run = functools.partial(_on_device, scale=scale, implementation=implementation)
     arrays = (q_btnj, k_bskj, v_bskh, start_bt, end_bt, visits)
-    if _is_manual():
-        return run(*arrays)
-    queries, keys = (jax.typeof(array).sharding.spec for array in (q_btnj, k_bskj))
-    bounds, lists = P(queries[0], None), jax.tree.map(lambda _: P(queries[0]), visits)
-    in_specs = (queries, keys, keys, bounds, bounds, lists)
-    return jax.shard_map(run, in_specs=in_specs, out_specs=queries, check_vma=False)(*arrays)
+    return on_device(run, arrays, out_like=0)
 
 
 def block_visits(
@@ -68,9 +63,9 @@ def block_visits(
     run = functools.partial(visits_of, num_keys=num_keys, widths=widths, itemsize=itemsize)
     if start_bt.shape[1] * num_keys <= SMALL:
         return None
-    if _is_manual():
+    if is_on_device():
         return run(start_bt, end_bt)
-    bounds = jax.typeof(start_bt).sharding.spec
+    bounds = partition(start_bt)
     by_keys = needs_keys(num_keys, widths, itemsize)
     out_specs = Visits((P(bounds[0]),) * 2, (P(bounds[0]),) * 2 if by_keys else None)
     return jax.shard_map(run, in_specs=(bounds, bounds), out_specs=out_specs, check_vma=False)(
@@ -97,9 +92,3 @@ def _on_device(q_btnj, k_bskj, v_bskh, start_bt, end_bt, visits, scale, implemen
         raise InputError(f"attention 'pallas' takes widths of whole {LANES}s, not {widths}")
     visits = visits or visits_of(start_bt, end_bt, num_keys, widths, k_bskj.dtype.itemsize)
     return flash(*arrays, visits, scale, implementation)
-
-
-def _is_manual() -> bool:
-    """Whether this runs on one device's part already, inside shard_map."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return all(kind == AxisType.Manual for kind in mesh.axis_types)

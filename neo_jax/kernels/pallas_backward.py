@@ -24,21 +24,29 @@ _LN_2 = float(np.log(2))  # the scores are in powers of 2
 FAST_MEMORY = 48 << 20  # bytes that the fused kernel may take; the smallest chip has 64 MiB
 
 
-def _gradients(visit, refs, g, group, is_partly):
+def _own(refs, g, group):
+    """[1, queries]: sums over a head of z * dz, which the softmax takes from all its d scores."""
+    *_, z_ref, dz_ref, _ = refs
+    width = z_ref.shape[1] // group
+    z, dz = (ref[:, g * width : (g + 1) * width].astype(jnp.float32) for ref in (z_ref, dz_ref))
+    return jnp.sum((z * dz).T, axis=0, keepdims=True)
+
+
+def _gradients(visit, refs, g, group, is_partly, own):
     """A head's q and dz, and p and d scores [keys, queries] in their type."""
-    q_ref, k_ref, v_ref, start_ref, end_ref, dz_ref, log_sum_ref, own_ref = refs
+    q_ref, k_ref, v_ref, start_ref, end_ref, _, dz_ref, log_sum_ref = refs
     width_q, width_v = q_ref.shape[1] // group, dz_ref.shape[1] // group
     q = q_ref[:, g * width_q : (g + 1) * width_q]
     dz = dz_ref[:, g * width_v : (g + 1) * width_v]
     scores_sq = scores(visit, q, k_ref[...], start_ref, end_ref, is_partly)
     p = jnp.exp2(scores_sq - log_sum_ref[g : g + 1])
     dp = dot(v_ref[...], dz, _ROWS_BY_ROWS)
-    dscores = p * (dp - own_ref[g : g + 1])
+    dscores = p * (dp - own)
     return q, dz, p.astype(q.dtype), dscores.astype(q.dtype)
 
 
 def _fused_kernel(visits_ref, *refs, group, scale, num_query_blocks):
-    *inputs, dq_ref, dk_ref, dv_ref, dq_sum, dk_sum, dv_sum = refs
+    *inputs, dq_ref, dk_ref, dv_ref, dq_sum, own_ref, dk_sum, dv_sum = refs
     k_ref = inputs[1]
     step_number, last_step = pl.program_id(1), pl.num_programs(1) - 1
     visit = visits_ref[step_number]
@@ -56,12 +64,14 @@ def _fused_kernel(visits_ref, *refs, group, scale, num_query_blocks):
     @pl.when((visit & of.FIRST) != 0)
     def _():
         dq_sum[...] = jnp.zeros_like(dq_sum)
+        for g in range(group):
+            own_ref[g] = _own(inputs, g, group)
 
     def step(is_partly):
         width_q, block_k = k_ref.shape[1], k_ref.shape[0]
         dk, dv = 0.0, 0.0
         for g in range(group):
-            q, dz, p, dscores = _gradients(visit, inputs, g, group, is_partly)
+            q, dz, p, dscores = _gradients(visit, inputs, g, group, is_partly, own_ref[g])
             dv += dot(p, dz, _PLAIN)
             dk += dot(dscores, q, _PLAIN)
             dq_sum[:, g * width_q : (g + 1) * width_q] += dot(dscores, k_ref[...], _COLUMNS_BY_ROWS)
@@ -84,18 +94,20 @@ def _fused_kernel(visits_ref, *refs, group, scale, num_query_blocks):
 
 
 def _queries_kernel(visits_ref, *refs, group, scale):
-    *inputs, dq_ref, dq_sum = refs
+    *inputs, dq_ref, dq_sum, own_ref = refs
     k_ref = inputs[1]
     visit = visits_ref[pl.program_id(1)]
 
     @pl.when((visit & of.FIRST) != 0)
     def _():
         dq_sum[...] = jnp.zeros_like(dq_sum)
+        for g in range(group):
+            own_ref[g] = _own(inputs, g, group)
 
     def step(is_partly):
         width_q = k_ref.shape[1]
         for g in range(group):
-            *_, dscores = _gradients(visit, inputs, g, group, is_partly)
+            *_, dscores = _gradients(visit, inputs, g, group, is_partly, own_ref[g])
             dq_sum[:, g * width_q : (g + 1) * width_q] += dot(dscores, k_ref[...], _COLUMNS_BY_ROWS)
 
     both_ways(visit, step)
@@ -117,7 +129,8 @@ def _keys_kernel(visits_ref, *refs, group):
     def step(is_partly):
         dk, dv = 0.0, 0.0
         for g in range(group):
-            q, dz, p, dscores = _gradients(visit, inputs, g, group, is_partly)
+            own = _own(inputs, g, group)
+            q, dz, p, dscores = _gradients(visit, inputs, g, group, is_partly, own)
             dv += dot(p, dz, _PLAIN)
             dk += dot(dscores, q, _PLAIN)
         dk_sum[...] += dk
@@ -137,9 +150,9 @@ def backward(
     v_bsi,
     start_bt,
     end_bt,
-    dz_bti,
+    z_bti,
     log_sum,
-    own,
+    dz_bti,
     visits,
     scale,
     num_heads,
@@ -149,13 +162,13 @@ def backward(
     """Gradients of q (as it was before it was scaled), k and v.
 
     Arguments as in `pallas_forward.forward`, but `visits` is a `flash.Visits`; `log_sum` as it
-    returns it, and alike `own`: the sums over a head of z * dz.
+    returns it.
     """
     n, k = num_heads
     (b, t), s, group = q_bti.shape[:2], k_bsi.shape[1], n // k
     width_q, width_v = k_bsi.shape[2] // k, v_bsi.shape[2] // k
     block_q, block_k = blocks
-    arrays = (q_bti, k_bsi, v_bsi, start_bt[:, None], end_bt[:, None], dz_bti, log_sum, own)
+    arrays = (q_bti, k_bsi, v_bsi, start_bt[:, None], end_bt[:, None], z_bti, dz_bti, log_sum)
     of_queries, of_keys, of_row, of_sums = index_maps(t // block_q)
     in_specs = [
         pl.BlockSpec((None, block_q, group * width_q), of_queries),
@@ -164,7 +177,7 @@ def backward(
         pl.BlockSpec((None, 1, block_q), of_row),
         pl.BlockSpec((None, 1, block_q), of_row),
         pl.BlockSpec((None, block_q, group * width_v), of_queries),
-        pl.BlockSpec((None, None, group, block_q), of_sums),
+        pl.BlockSpec((None, block_q, group * width_v), of_queries),
         pl.BlockSpec((None, None, group, block_q), of_sums),
     ]
     pairs = b * t * s * n // 4
@@ -195,7 +208,7 @@ def backward(
         )(listed, *arrays)
 
     dq = (q_bti, pl.BlockSpec((None, block_q, group * width_q), of_queries))
-    dq_sum = (block_q, group * width_q)
+    dq_sum, own = (block_q, group * width_q), (group, 1, block_q)
     if visits.by_keys is None:
 
         def of_whole_row(head, step, visits):
@@ -211,7 +224,7 @@ def backward(
                 (k_bsi, pl.BlockSpec((None, s, width_q), of_whole_row)),
                 (v_bsi, pl.BlockSpec((None, s, width_v), of_whole_row)),
             ],
-            [dq_sum, (s, width_q), (s, width_v)],
+            [dq_sum, own, (s, width_q), (s, width_v)],
             NAME,
             3 * width_q + 2 * width_v,
             memory + FAST_MEMORY // 3,
@@ -220,7 +233,7 @@ def backward(
         functools.partial(_queries_kernel, group=group, scale=scale),
         visits.by_queries,
         [dq],
-        [dq_sum],
+        [dq_sum, own],
         NAME + "_queries",
         2 * width_q + width_v,
     )
@@ -239,5 +252,5 @@ def backward(
 
 
 def fused_bytes(num_keys: int, width_q: int, width_v: int, itemsize: int) -> int:
-    """Fast memory for a row's gradients of keys and values: sums, and results written twice over."""
+    """Fast memory for a row's gradients of keys and values: sums, and results twice over."""
     return num_keys * (width_q + width_v) * (4 + 2 * itemsize)

@@ -108,7 +108,7 @@ def forward(q_bti, k_bsi, v_bsi, start_bt, end_bt, visits, num_heads, blocks, is
       blocks: (queries, keys) of a block; T and S are multiples.
 
     Returns:
-      z [B, T, N * H], and log2 of the sums of 2^scores [B, K, N / K, T] float32 (0 of an empty one).
+      z [B, T, N * H], and log2 of the sums of 2^scores [B, K, N / K, T] float32 (empty: 0).
     """
     n, k = num_heads
     b, t, s = *q_bti.shape[:2], k_bsi.shape[1]
@@ -155,7 +155,7 @@ def forward(q_bti, k_bsi, v_bsi, start_bt, end_bt, visits, num_heads, blocks, is
 
 
 def index_maps(num_query_blocks: int):
-    """(head, step, visits) -> the block of: queries or results; keys; intervals; sums of queries."""
+    """(head, step, visits) -> the block of queries; of keys; of intervals; of sums of queries."""
 
     def place(step, visits):
         block = of.query_block(visits[step])

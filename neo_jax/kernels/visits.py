@@ -23,7 +23,7 @@ def visited(start_bt, end_bt, num_keys: int, block_q: int, block_k: int, xp=jnp)
     """Which pairs of blocks have anything to see, and which of them in full.
 
     Args:
-      start_bt, end_bt: [B, T], T a multiple of `block_q`; of queries that see nothing, start >= end.
+      start_bt, end_bt: [B, T], T a multiple of `block_q`; start >= end where nothing is seen.
       num_keys: a multiple of `block_k`.
       xp: jax.numpy, or numpy to count on the host.
 
@@ -67,7 +67,7 @@ def by_keys(start_bt, end_bt, num_keys: int, block_q: int, block_k: int):
 
 
 def _listed(is_visited: jax.Array, is_full: jax.Array, query_axis: int):
-    b, _, inner = is_visited.shape
+    b = is_visited.shape[0]
     num_queries = is_visited.shape[query_axis]
     if b * num_queries > MAX_QUERY_BLOCKS or is_visited.shape[3 - query_axis] > MAX_KEY_BLOCKS:
         raise ValueError(f"{is_visited.shape} blocks of attention are too many for one device")

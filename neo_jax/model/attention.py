@@ -16,12 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from neo_jax.config import ModelConfig
+from neo_jax.kernels.norm_rope import norm_rope
 from neo_jax.model import layers
 from neo_jax.sharding import spec
 
+SCALE = float(np.log(2))  # of scores q k: attention kernels count in powers of 2
 Rotary = tuple[jax.Array, jax.Array]
 # q [B, T, N, J], k [B, T, K, J], v [B, T, K, H] -> attended [B, T, N, H], and what to carry on.
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
@@ -49,12 +52,11 @@ class Attention(nnx.Module):
     def __call__(self, x_btd: jax.Array, rotary: Rotary, attend: Attend) -> tuple[jax.Array, Any]:
         """[B, T, D] -> [B, T, D], and whatever `attend` wants carried on."""
         z_btnh, carried = attend(*self.heads(x_btd, rotary))
-        # As one dimension: for two, the CPU compiler would turn the weight round at every token.
         b, t, n, h = z_btnh.shape
         z_bti = z_btnh.reshape(b, t, n * h, out_sharding=spec("batch", None, "heads"))
         out = spec("batch", None, None)
         return layers.einsum(
-            "bti,id->btd", z_bti, _joined(layers.whole(self.o_nhd, z_btnh.dtype)), out=out
+            "bti,id->btd", z_bti, _joined(layers.whole(self.o_nhd, z_btnh.dtype), 0), out=out
         ), carried
 
     def heads(self, x_btd: jax.Array, rotary: Rotary) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -62,43 +64,43 @@ class Attention(nnx.Module):
         with jax.named_scope("qkv"):
             q_btnj = _project(x_btd, self.q_t_dnh, self.q_hw_dnh)
             k_btkj = _project(x_btd, self.k_t_dkh, self.k_hw_dkh)
-            v_btkh = layers.einsum("btd,dkh->btkh", x_btd, self.v_dkh)
+            v_btkh = _project(x_btd, self.v_dkh)
         with jax.named_scope("norm_rope"):
             q_btnj = self._norm_and_rotate(q_btnj, self._scale("q"), rotary)
             k_btkj = self._norm_and_rotate(k_btkj, self._scale("k"), rotary)
         return q_btnj, k_btkj, v_btkh
 
     def _scale(self, which: str) -> jax.Array:
-        """[J] scale of the norms of queries or keys, in the heads' channel order."""
+        """[J] scale of the norms of queries or keys, in the heads' channel order.
+
+        Queries' has the softmax's factors in it, so that scores need no product of their own.
+        """
         if self.cfg.qk_layout == "expanded":
             h, w = getattr(self, which + "_norm_h"), getattr(self, which + "_norm_w")
             hw = join_halves(h[...], w[...])
         else:
             hw = getattr(self, which + "_norm_hw")[...]
         t = getattr(self, which + "_norm_t")[...]
-        return join_halves(t, hw).astype(jnp.float32)
+        scale_j = join_halves(t, hw).astype(jnp.float32)
+        return scale_j * (self.cfg.head_dim**-0.5 / SCALE) if which == "q" else scale_j
 
     def _norm_and_rotate(self, x: jax.Array, scale_j: jax.Array, rotary: Rotary) -> jax.Array:
-        first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-        mean_square = jnp.einsum(
-            "btnj,ji->btni",
-            first * first + second * second,
-            _averaging_matrix(self.cfg),
-            precision=jax.lax.Precision.HIGHEST,
-        )
-        inverse = jax.lax.rsqrt(mean_square + self.cfg.rms_norm_eps)
-        normed = jnp.concatenate([first * inverse, second * inverse], axis=-1) * scale_j
-        return layers.rotate(normed, *rotary).astype(x.dtype)
+        return norm_rope(x, scale_j, *rotary, _groups(self.cfg), self.cfg.rms_norm_eps)
 
 
-def _joined(weight_nhd: jax.Array) -> jax.Array:
-    """[N, H, D] -> [N * H, D]; of an int8 matrix, both its parts."""
+def _joined(weight: Any, first: int) -> Any:
+    """A whole weight with two dimensions, of heads and their channels, made one.
+
+    As one, a product's result lies as the next kernel wants it; so does, for a single token, the
+    weight: of two dimensions, the CPU compiler would turn it round at every token.
+    """
 
     def join(part):
-        heads, _, embed = jax.typeof(part).sharding.spec
-        return part.reshape(-1, part.shape[-1], out_sharding=P(heads, embed))
+        shape, axes = part.shape, jax.typeof(part).sharding.spec
+        out = P(*axes[: first + 1], *axes[first + 2 :])
+        return part.reshape(*shape[:first], -1, *shape[first + 2 :], out_sharding=out)
 
-    return jax.tree.map(join, weight_nhd)
+    return jax.tree.map(join, weight)
 
 
 def join_halves(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -107,25 +109,28 @@ def join_halves(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.concatenate([a1, b1, a2, b2], axis=-1)
 
 
-def _project(x_btd: jax.Array, t_dnh: jax.Array, hw_dnh: jax.Array) -> jax.Array:
-    """Heads from both weights, [T1 H1 W1 | T2 H2 W2].
+def _project(x_btd: jax.Array, *parts: nnx.Param) -> jax.Array:
+    """Heads from one weight, or from two: [T1 H1 W1 | T2 H2 W2].
 
     Joins whichever is smaller: the weights for a long sequence, the heads in decoding.
     """
     b, t, d = x_btd.shape
     if b * t > d:
-        t_dnh, hw_dnh = (layers.whole(weight, x_btd.dtype) for weight in (t_dnh, hw_dnh))
-        weight = jax.tree.map(join_halves, t_dnh, hw_dnh)  # of an int8 matrix, the scales too
-        return layers.einsum("btd,dnj->btnj", x_btd, weight)
-    parts = [layers.einsum("btd,dnh->btnh", x_btd, weight) for weight in (t_dnh, hw_dnh)]
+        weights = [layers.whole(part, x_btd.dtype) for part in parts]
+        weight = weights[0] if len(weights) == 1 else jax.tree.map(join_halves, *weights)
+        heads, width = weight.shape[1:]
+        y_bti = layers.einsum("btd,di->bti", x_btd, _joined(weight, 1))
+        y_bti = checkpoint_name(y_bti, "projected")
+        batch, time, axis = jax.typeof(y_bti).sharding.spec
+        return y_bti.reshape(b, t, heads, width, out_sharding=P(batch, time, axis, None))
+    products = [layers.einsum("btd,dnh->btnh", x_btd, part) for part in parts]
+    if len(products) == 1:
+        return products[0]
     # Else the CPU compiler computes products anew for each of the halves' elements.
-    return join_halves(*jax.lax.optimization_barrier(parts))
+    return join_halves(*jax.lax.optimization_barrier(products))
 
 
-def _averaging_matrix(c: ModelConfig) -> np.ndarray:
-    """[J/2, J/2]: sums of squares of a half -> mean square of the channel's norm group."""
+def _groups(c: ModelConfig) -> tuple[int, ...]:
+    """Widths of the channels in half a head that share a norm."""
     t, hw = c.t_width // 2, c.hw_width // 2
-    sizes = [t, hw // 2, hw // 2] if c.qk_layout == "expanded" else [t, hw]
-    group = np.repeat(np.arange(len(sizes)), sizes)
-    in_group = group[:, None] == group[None, :]
-    return (in_group / (2 * np.take(sizes, group))).astype(np.float32)
+    return (t, hw // 2, hw // 2) if c.qk_layout == "expanded" else (t, hw)

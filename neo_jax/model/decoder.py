@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -20,10 +21,16 @@ from neo_jax.model.attention import Attend, Attention, Rotary
 from neo_jax.model.int8 import Int8Matrix
 from neo_jax.sharding import spec
 
-# What the backward pass keeps of a block: everything, or only its input, or its products too.
+_keep = jax.checkpoint_policies.save_only_these_names
+# What the backward pass keeps of a block. Heads before their norms, not after: the norms' own
+# backward pass asks for those.
 REMAT_POLICIES = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "none": None,  # everything
+    "full": jax.checkpoint_policies.nothing_saveable,  # only its input
+    "attention": _keep("attended", "log_sum"),
+    "projections": _keep("attended", "log_sum", "projected"),
+    "mlp": _keep("attended", "log_sum", "gate", "up"),
+    "gate": _keep("attended", "log_sum", "gate"),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
@@ -40,6 +47,7 @@ class Mlp(nnx.Module):
     def __call__(self, x_btd: jax.Array) -> jax.Array:
         gate_btf = layers.einsum("btd,df->btf", x_btd, self.gate_df)
         up_btf = layers.einsum("btd,df->btf", x_btd, self.up_df)
+        gate_btf, up_btf = checkpoint_name(gate_btf, "gate"), checkpoint_name(up_btf, "up")
         y_btf = jax.nn.silu(gate_btf) * up_btf
         return layers.einsum("btf,fd->btd", y_btf, self.down_fd, out=spec("batch", None, None))
 
@@ -59,10 +67,10 @@ class Block(nnx.Module):
         with jax.named_scope("attention"):
             y_btd = layers.rms_norm(x_btd, self.attention_norm, eps)
             y_btd, carried = self.attention(y_btd, rotary, attend)
-        x_btd = x_btd + y_btd
+        x_btd = layers.in_order(x_btd + y_btd)
         with jax.named_scope("mlp"):
             x_btd = x_btd + self.mlp(layers.rms_norm(x_btd, self.mlp_norm, eps))
-        return x_btd, carried
+        return layers.in_order(x_btd), carried
 
 
 def stack(c: ModelConfig, rngs: nnx.Rngs, size: int) -> Block:

@@ -8,6 +8,7 @@ l layer, p patch, c numbers in a patch, e channels between the two convolutions,
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
 from neo_jax.model.int8 import Int8Matrix
@@ -71,6 +72,12 @@ def einsum(
         equation, x, weight, precision=precision, preferred_element_type=dtype, out_sharding=out
     )
     return y if scale is None else (y * scale).astype(y.dtype)
+
+
+def in_order(array: jax.Array) -> jax.Array:
+    """The array, its last dimension contiguous. Of one row per device a TPU would rather keep
+    tokens so, which suits products but is slow for all that is not."""
+    return with_layout_constraint(array, Layout(tuple(range(array.ndim))))
 
 
 def take_rows(table: jax.Array | Int8Matrix, index: jax.Array, dtype: str) -> jax.Array:

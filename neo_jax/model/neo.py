@@ -20,6 +20,7 @@ from neo_jax.kernels.interval_attention import block_visits, interval_attention
 from neo_jax.kernels.intervals import intervals
 from neo_jax.model import cache as kv
 from neo_jax.model import decoder, layers
+from neo_jax.model.attention import SCALE
 from neo_jax.model.patch_embed import PatchEmbed
 from neo_jax.model.prefill import attend_rows, attend_slots
 from neo_jax.model.rope import thw_rotary
@@ -82,7 +83,7 @@ class Neo(nnx.Module):
         Returns:
           logits [R, V] after each row's last token, and the cache.
         """
-        c, scale = self.cfg, self.cfg.head_dim**-0.5
+        c = self.cfg
         slot_r, start_r, end_rt = (where[name] for name in ("slot_r", "start_r", "end_rt"))
         count_r = jnp.sum(batch["segments"] > 0, axis=1, dtype=jnp.int32)
         rotary = thw_rotary(batch["thw"], c.t_width, c.hw_width, c.rope_theta, c.rope_theta_hw)
@@ -94,8 +95,8 @@ class Neo(nnx.Module):
                     for which, new in (("k", k_rtkj), ("v", v_rtkh))
                 }
                 if is_fresh:
-                    return attend_rows(q_rtnj, k_rtkj, v_rtkh, start_r, end_rt, scale), grown
-                return attend_slots(q_rtnj, grown, layer, slot_r, end_rt, scale), grown
+                    return attend_rows(q_rtnj, k_rtkj, v_rtkh, start_r, end_rt, SCALE), grown
+                return attend_slots(q_rtnj, grown, layer, slot_r, end_rt, SCALE), grown
 
             x_rtd, store = block(x_rtd, rotary, attend)
             return x_rtd, store, None
@@ -129,9 +130,7 @@ class Neo(nnx.Module):
                     for which, new in (("k", k_b1kj), ("v", v_b1kh))
                 }
                 k_bskj, v_bskh = (kv.read(grown[which], layer, c.dtype) for which in "kv")
-                z_b1nh = interval_attention(
-                    q_b1nj, k_bskj, v_bskh, zero_b1, length_b1 + 1, c.head_dim**-0.5
-                )
+                z_b1nh = interval_attention(q_b1nj, k_bskj, v_bskh, zero_b1, length_b1 + 1, SCALE)
                 return z_b1nh, grown
 
             x_b1d, store = block(x_b1d, rotary, attend)
@@ -151,7 +150,7 @@ class Neo(nnx.Module):
 
     def trunk(self, batch: Batch, emit, remat: str = "none", attention: str = "auto"):
         """Runs all layers; returns x [B, L, D] and what `emit(x, k, v)` gives, per stack."""
-        c, scale = self.cfg, self.cfg.head_dim**-0.5
+        c = self.cfg
         thw_bt3, segments_bt = batch["thw"], whole_rows(batch["segments"])
         bounds = map(own_columns, intervals(whole_rows(thw_bt3[..., 0]), segments_bt))
         start_bt, end_bt = bounds
@@ -162,7 +161,7 @@ class Neo(nnx.Module):
         def attend(q_btnj, k_btkj, v_btkh):
             keys, values = whole_rows(k_btkj), whole_rows(v_btkh)
             z_btnh = interval_attention(
-                q_btnj, keys, values, start_bt, end_bt, scale, visits, attention
+                q_btnj, keys, values, start_bt, end_bt, SCALE, visits, attention
             )
             return z_btnh, (k_btkj, v_btkh)
 

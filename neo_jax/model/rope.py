@@ -18,12 +18,12 @@ def frequencies(theta: float, width: int) -> np.ndarray:
 def thw_rotary(
     thw_bt3: jax.Array, t_width: int, hw_width: int, theta: float, theta_hw: float
 ) -> tuple[jax.Array, jax.Array]:
-    """cos and sin [B, T, 1, J / 2] of the joint T, H, W angles, float32.
+    """cos and sin [B, T, J / 2] of the joint T, H, W angles, float32.
 
     bfloat16 could not tell position 256 from 257, so angles never leave float32.
     """
     freq_t, freq_hw = frequencies(theta, t_width), frequencies(theta_hw, hw_width // 2)
-    angles = _angles(thw_bt3, (freq_t, freq_hw, freq_hw))[:, :, None]
+    angles = _angles(thw_bt3, (freq_t, freq_hw, freq_hw))
     return jnp.cos(angles), jnp.sin(angles)
 
 

@@ -1,4 +1,4 @@
-"""How long the attention kernels take: visited blocks of a packing times counted cycles.
+"""How long the kernels take: for attention visited blocks of a packing, times counted cycles.
 
 The compiler makes no estimate of a kernel. `kernel_cycles.json` has the instruction bundles of each
 kernel's steps, counted in the final program (benchmarks/kernel_cycles.py).
@@ -7,6 +7,7 @@ kernel's steps, counted in the final program (benchmarks/kernel_cycles.py).
 import dataclasses
 import functools
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from neo_jax.config import ModelConfig
 from neo_jax.plan.chips import Chip
 from neo_jax.plan.hlo import Instruction
-from neo_jax.plan.kernels import BLOCK_K, BLOCK_Q
+from neo_jax.plan.kernels import BLOCK, BLOCK_K, BLOCK_Q, PRODUCTS, STREAMED
 from neo_jax.plan.packing import Row, visited
 
 TABLE = Path(__file__).with_name("kernel_cycles.json")
@@ -46,10 +47,16 @@ def table() -> dict[str, dict[str, Steps]]:
     }
 
 
+@functools.cache
+def streamed() -> dict[str, dict[str, int]]:
+    """Kernel to chip to the cycles of a block, of kernels that do the same with every block."""
+    return json.loads(TABLE.read_text())["streamed"]
+
+
 def kernel_name(one: Instruction) -> str | None:
-    """Which kernel of the table a call is of: the longest name that it has in it."""
-    where = f"{one.name} {one.op_name} {one.attributes[:400]}"
-    return max((name for name in table() if name in where), key=len, default=None)
+    """Which kernel a call is of: the longest name that it has in it."""
+    where, known = f"{one.name} {one.op_name}", [*PRODUCTS, *STREAMED]
+    return max((name for name in known if name in where), key=len, default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +71,25 @@ class Attention:
 
     def seconds(self, one: Instruction) -> float | None:
         """Mean over the sampled rows; None for a kernel that is not in the table."""
-        steps = table().get(kernel_name(one) or "", {}).get(self.chip.name)
+        name = kernel_name(one) or ""
+        if name in STREAMED:
+            return self._streamed(name, one)
+        steps = table().get(name, {}).get(self.chip.name)
         if steps is None:
             return None
         visits, whole = self._visits(steps.block_q, steps.block_k).mean(axis=0)
         cycles = steps.cycles(visits, whole, self.groups, self.heads_of_group)
         return self.rows_per_call * cycles / self.chip.cores / self.chip.clock
+
+    def _streamed(self, name: str, one: Instruction) -> float | None:
+        cycles = streamed().get(name, {}).get(self.chip.name)
+        if cycles is None:
+            return None
+        largest = max(one.arrays, key=lambda array: array.bytes)
+        blocks = math.prod(largest.shape) / BLOCK
+        # One after the other, on one core; or as fast as memory gives and takes them.
+        moved = STREAMED[name] * largest.bytes / self.chip.hbm_bandwidth
+        return max(blocks * cycles / self.chip.clock, moved)
 
     @functools.cached_property
     def imbalance(self) -> float:

@@ -3,7 +3,7 @@
 A visit is a block of queries against a block of keys.
 """
 
-from neo_jax.kernels import pallas_backward, pallas_forward
+from neo_jax.kernels import norm_rope, pallas_backward, pallas_forward
 from neo_jax.kernels.flash import BLOCKS
 
 BLOCK_Q, BLOCK_K = BLOCKS
@@ -15,6 +15,10 @@ PRODUCTS = {
     f"{pallas_backward.NAME}_queries": (2, 1),
     f"{pallas_backward.NAME}_keys": (2, 2),
 }
+
+# Kernels that do the same with every block of an array: numbers of a block; arrays read and written.
+BLOCK = norm_rope.ROWS * norm_rope.MOST_LANES
+STREAMED = {f"{norm_rope.NAME}_forward": 2, f"{norm_rope.NAME}_backward": 3}
 
 
 def flops_per_pair(kernel: str, qk_width: int, v_width: int) -> int:

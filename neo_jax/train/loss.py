@@ -14,7 +14,6 @@ from jax.sharding import PartitionSpec as P
 
 from neo_jax.batch import Batch
 from neo_jax.config import ModelConfig
-from neo_jax.model import layers
 from neo_jax.model.neo import bind
 from neo_jax.sharding import AXES, gather, scattered, spec, stored
 
