@@ -16,7 +16,7 @@ PRODUCTS = {
     f"{pallas_backward.NAME}_keys": (2, 2),
 }
 
-# Kernels that do the same with every block of an array: numbers of a block; arrays read and written.
+# Kernels that do the same with every block: its numbers, and how many arrays are read and written.
 BLOCK = norm_rope.ROWS * norm_rope.MOST_LANES
 STREAMED = {f"{norm_rope.NAME}_forward": 2, f"{norm_rope.NAME}_backward": 3}
 
