@@ -11,6 +11,7 @@ from neo_jax.data.image import normalise
 from neo_jax.data.positions import block_order, thw_positions
 from neo_jax.kernels.intervals import intervals
 from neo_jax.model import decoder, patch_embed
+from neo_jax.model.attention import SCALE
 from neo_jax.model.neo import bind
 from neo_jax.model.rope import thw_rotary
 from neo_jax.weights.mapping import rows

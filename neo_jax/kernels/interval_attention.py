@@ -14,7 +14,6 @@ from neo_jax.errors import InputError
 from neo_jax.kernels import dense
 from neo_jax.kernels.flash import LANES, Visits, flash, needs_keys, visits_of
 from neo_jax.kernels.on_device import is_on_device, on_device, partition
-from neo_jax.kernels.one_query import attend_one
 
 IMPLEMENTATIONS = ("auto", "dense", "blockwise", "pallas", "interpreted")
 SMALL = 512 * 512  # up to so many scores a head, all at once is best
@@ -78,8 +77,6 @@ def _on_device(q_btnj, k_bskj, v_bskh, start_bt, end_bt, visits, scale, implemen
     num_queries, num_keys = q_btnj.shape[1], k_bskj.shape[1]
     widths = k_bskj.shape[3], v_bskh.shape[3]
     if implementation == "auto":
-        if num_queries == 1:
-            return attend_one(*arrays, scale)
         if num_queries * num_keys <= SMALL:
             implementation = "dense"
         elif any(width % LANES for width in widths):

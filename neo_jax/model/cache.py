@@ -1,26 +1,29 @@
 """The key-value cache: fixed-shape arrays, a row (slot) per running request.
 
-A cache is a dict. `pre_buffer` and `post_llm` hold {"k": [l, B, S, K, J], "v": [l, B, S, K, H]}
+A cache is a dict. `pre_buffer` and `post_llm` hold {"k": [l, B, S, K * J], "v": [l, B, S, K * H]}
 of their l layers; `length_b` says how many places of each row are taken, and `t_b` is the T
 position of the row's next token. Rows fill from the left without gaps, so what a new token sees is
 the interval [0, length], and the attention rule of training serves unchanged. Time comes before
 heads, so that one token's keys are one run of memory and are written in place.
 
-With `int8`, an array is a dict of `values` int8 and `scale` float32, one scale per token and head.
+Such an array is the `values` of a dict. With int8 there is `scale` beside it, [l, B, K, S] float32,
+one for a token and a head; of [.., S, K] a TPU would fill up K to 128.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import PartitionSpec as P
 
 from neo_jax.config import ModelConfig
 from neo_jax.model.decoder import Apart
 from neo_jax.sharding import spec
 
 Cache = dict[str, Any]
-Store = Any  # an array [l, B, S, K, width], or its int8 form
+Store = dict[str, Any]  # values [l, B, S, K * width], and for int8 their scale
 
 STACKS = ("pre_buffer", "post_llm")
 KV_DTYPES = ("bfloat16", "float32", "int8")
@@ -30,17 +33,19 @@ def empty(c: ModelConfig, rows: int, length: int, kv_dtype: str, is_apart: bool 
     """A cache with no tokens in it. Call it inside jit, under the mesh.
 
     `is_apart`: for parameters whose layers are apart (`decoder.Apart`); each layer's part of the
-    cache is then an array of its own, [1, B, S, K, width].
+    cache is then an array of its own, [1, B, S, K * width].
     """
 
-    def zeros(shape, dtype):
-        return jnp.zeros(shape, dtype, out_sharding=spec(*_STORE[: len(shape)]))
+    def zeros(shape, dtype, which):
+        return jnp.zeros(shape, dtype, out_sharding=spec(*_NAMES[which]))
 
     def store(num_layers: int, width: int) -> Store:
-        shape = (num_layers, rows, length, c.num_key_value_heads)
+        heads = c.num_key_value_heads
+        shape = (num_layers, rows, length, heads * width)
         if kv_dtype == "int8":
-            return {"values": zeros((*shape, width), jnp.int8), "scale": zeros(shape, jnp.float32)}
-        return zeros((*shape, width), kv_dtype)
+            scale = zeros((num_layers, rows, heads, length), jnp.float32, "scale")
+            return {"values": zeros(shape, jnp.int8, "values"), "scale": scale}
+        return {"values": zeros(shape, kv_dtype, "values")}
 
     def stack(depth: int, width: int) -> Store:
         if not is_apart:
@@ -68,25 +73,21 @@ def num_bytes(c: ModelConfig, kv_dtype: str) -> int:
 
 def length(cache: Cache) -> int:
     """S: for how many tokens each row has room."""
-    return jax.tree.leaves(cache["post_llm"])[0].shape[2]
+    return jax.tree.leaves(cache["post_llm"]["k"]["values"])[0].shape[2]
 
 
 def write_token(store: Store, new_b1: jax.Array, layer: jax.Array, place_b: jax.Array) -> Store:
     """Puts one token's [B, 1, K, width] into a layer, at each row's place."""
 
-    def write_rows(old, new, layer, place_b):
+    def write(which, old, new, layer, place_b):
         if old.shape[1] == 1:  # of a single update XLA makes something that copies the store
-            new, place_b = jnp.tile(new, (2,) + (1,) * (new.ndim - 1)), jnp.tile(place_b, 2)
+            new, place_b = jnp.tile(new, (2, 1, 1)), jnp.tile(place_b, 2)
         row_b = jnp.arange(len(place_b)) % old.shape[1]
+        if which == "scale":
+            return old.at[layer, row_b, :, place_b].set(new[..., 0], mode="promise_in_bounds")
         return old.at[layer, row_b, place_b].set(new[:, 0], mode="promise_in_bounds")
 
-    def write(old, new):
-        old_spec = _part(old, _STORE)
-        in_specs = (old_spec, _part(new, _ROWS), spec(), spec("batch"))
-        run = jax.shard_map(write_rows, in_specs=in_specs, out_specs=old_spec, check_vma=False)
-        return run(old, new, layer, place_b)
-
-    return jax.tree.map(write, store, _encoded(new_b1, store))
+    return _written(write, store, new_b1, layer, place_b)
 
 
 def write_chunk(
@@ -102,48 +103,41 @@ def write_chunk(
     Slots are numbered on each device of the batch axes. A row with count 0 changes nothing.
     """
 
-    def write_rows(old, new, layer, slot_r, start_r, count_r):
-        length, rest = new.shape[1], (0,) * (old.ndim - 3)
+    def write(which, old, new, layer, slot_r, start_r, count_r):
+        time = 1 if which == "scale" else 0  # of a slot's two dimensions
+        length = new.shape[1 + time]
 
         def write_row(r, old):
             # A window that would stick out at the end begins earlier, its content shifted.
-            start = jnp.minimum(start_r[r], old.shape[2] - length)
+            start = jnp.minimum(start_r[r], old.shape[2 + time] - length)
             shift = start_r[r] - start
-            index = (layer, slot_r[r], start, *rest)
+            index = (layer, slot_r[r], *((0, start) if time else (start, 0)))
             window = jax.lax.dynamic_slice(old, index, (1, 1, *new.shape[1:]))
             place_t = jnp.arange(length) - shift
-            is_new_t = ((place_t >= 0) & (place_t < count_r[r])).reshape(length, *[1] * len(rest))
-            window = jnp.where(is_new_t, jnp.roll(new[r], shift, axis=0), window)
+            is_new_t = (place_t >= 0) & (place_t < count_r[r])
+            is_new = is_new_t[None] if time else is_new_t[:, None]
+            window = jnp.where(is_new, jnp.roll(new[r], shift, axis=time), window)
             return jax.lax.dynamic_update_slice(old, _in_order(window), index)
 
         return jax.lax.fori_loop(0, new.shape[0], write_row, old)
 
-    def write(old, new):
-        old_spec, new_spec = _part(old, _STORE), _part(new, _ROWS)
-        in_specs = (old_spec, new_spec, spec(), *[spec("batch")] * 3)
-        run = jax.shard_map(write_rows, in_specs=in_specs, out_specs=old_spec, check_vma=False)
-        return run(old, new, layer, slot_r, start_r, count_r)
-
-    return jax.tree.map(write, store, _encoded(new_rt, store))
+    return _written(write, store, new_rt, layer, slot_r, start_r, count_r)
 
 
-def read(store: Store, layer: jax.Array, dtype: str) -> jax.Array:
-    """[B, S, K, width] of one layer."""
-
-    def rows(array):
-        return jax.lax.dynamic_index_in_dim(array, layer, axis=0, keepdims=False)
-
-    return _decoded(jax.tree.map(rows, store), dtype)
-
-
-def read_slot(store: Store, layer: jax.Array, slot: jax.Array, dtype: str) -> jax.Array:
-    """[1, S, K, width] of one layer and slot. For use inside shard_map."""
+def read_slot(
+    store: Store, layer: jax.Array, slot: jax.Array, num_heads: int, dtype: str
+) -> jax.Array:
+    """[1, S, K, width] of one layer and slot. For use inside shard_map, where K is `num_heads`."""
 
     def row(array):
-        index = (layer, slot, *[0] * (array.ndim - 2))
+        index = (layer, slot, 0, 0)
         return _in_order(jax.lax.dynamic_slice(array, index, (1, 1, *array.shape[2:]))[0])
 
-    return _decoded(jax.tree.map(row, store), dtype)
+    found = jax.tree.map(row, store)
+    values = found["values"].reshape(*found["values"].shape[:2], num_heads, -1)
+    if "scale" in found:
+        values = values * found["scale"].swapaxes(1, 2)[..., None]
+    return values.astype(dtype)
 
 
 def copy_slot(cache: Cache, from_d: jax.Array, to_d: jax.Array) -> Cache:
@@ -153,14 +147,14 @@ def copy_slot(cache: Cache, from_d: jax.Array, to_d: jax.Array) -> Cache:
         row = jax.lax.dynamic_slice_in_dim(array, from_d[0], 1, axis=1)
         return jax.lax.dynamic_update_slice_in_dim(array, row, to_d[0], axis=1)
 
-    def run(array):
-        part = _part(array, _STORE)
+    def run(array, part):
         in_specs = (part, spec("batch"), spec("batch"))
         return jax.shard_map(copy, in_specs=in_specs, out_specs=part, check_vma=False)(
             array, from_d, to_d
         )
 
-    return cache | {name: jax.tree.map(run, cache[name]) for name in STACKS if name in cache}
+    stacks = {name: cache[name] for name in STACKS if name in cache}
+    return cache | jax.tree.map(run, stacks, partition(stacks))
 
 
 def put_rows(array_b: jax.Array, new_r: jax.Array, slot_r: jax.Array, is_valid_r: jax.Array):
@@ -180,8 +174,7 @@ def put_rows(array_b: jax.Array, new_r: jax.Array, slot_r: jax.Array, is_valid_r
     )
 
 
-_STORE = (None, "batch", None, "heads", None)
-_ROWS = ("batch", None, "heads", None)
+_NAMES = {"values": (None, "batch", None, "heads"), "scale": (None, "batch", "heads", None)}
 
 
 def _in_order(array: jax.Array) -> jax.Array:
@@ -190,26 +183,41 @@ def _in_order(array: jax.Array) -> jax.Array:
     return with_layout_constraint(array, Layout(tuple(range(array.ndim))))
 
 
-def partition(store: dict[str, Store]) -> Any:
-    """How the arrays of {"k": ..., "v": ...} are split over the mesh."""
-    return jax.tree.map(lambda array: _part(array, _STORE), store)
+def partition(stores: Any) -> Any:
+    """How the arrays of a store, or of a tree of stores, are split over the mesh."""
+
+    def split(path, _):
+        (which,) = (entry.key for entry in path if getattr(entry, "key", None) in _NAMES)
+        return spec(*_NAMES[which])
+
+    return jax.tree_util.tree_map_with_path(split, stores)
 
 
-def _decoded(store: Store, dtype: str) -> jax.Array:
-    """The numbers of a store, or of a part of one."""
-    if isinstance(store, dict):
-        return (store["values"] * store["scale"][..., None]).astype(dtype)
-    return store.astype(dtype)
+def _written(write, store: Store, new: jax.Array, *arguments: jax.Array) -> Store:
+    """`write(which, array, new, *arguments)` of each array of a store, on each device's part."""
+
+    def run(which, old, new):
+        of_old = spec(*_NAMES[which])
+        in_specs = (of_old, P(*of_old[1:]), spec(), *[spec("batch")] * (len(arguments) - 1))
+        local = functools.partial(write, which)
+        local = jax.shard_map(local, in_specs=in_specs, out_specs=of_old, check_vma=False)
+        return local(old, new, *arguments)
+
+    encoded = _encoded(new, store)
+    return {which: run(which, store[which], encoded[which]) for which in store}
 
 
-def _part(array: jax.Array, names: tuple[str | None, ...]):
-    return spec(*names[: array.ndim])
+def _encoded(new_btkw: jax.Array, store: Store) -> Store:
+    """New keys or values as a store has them: values [B, T, K * width], scale [B, K, T]."""
+    if "scale" not in store:
+        return {"values": _together(new_btkw.astype(store["values"].dtype))}
+    new_btkw = new_btkw.astype(jnp.float32)
+    scale_btk = jnp.maximum(jnp.max(jnp.abs(new_btkw), axis=-1), 1e-30) / 127
+    values = jnp.round(new_btkw / scale_btk[..., None]).astype(jnp.int8)
+    return {"values": _together(values), "scale": scale_btk.swapaxes(1, 2)}
 
 
-def _encoded(new_bt: jax.Array, store: Store) -> Store:
-    """New keys or values in the form of the store."""
-    if not isinstance(store, dict):
-        return new_bt.astype(store.dtype)
-    new_bt = new_bt.astype(jnp.float32)
-    scale_bt = jnp.maximum(jnp.max(jnp.abs(new_bt), axis=-1), 1e-30) / 127
-    return {"values": jnp.round(new_bt / scale_bt[..., None]).astype(jnp.int8), "scale": scale_bt}
+def _together(array_btkw: jax.Array) -> jax.Array:
+    b, t, k, width = array_btkw.shape
+    batch, time, heads, _ = jax.typeof(array_btkw).sharding.spec
+    return array_btkw.reshape(b, t, k * width, out_sharding=P(batch, time, heads))

@@ -16,6 +16,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from neo_jax.batch import Batch
 from neo_jax.config import ModelConfig
 from neo_jax.errors import InputError
+from neo_jax.kernels.decode_attention import decode_attention
 from neo_jax.kernels.interval_attention import block_visits, interval_attention
 from neo_jax.kernels.intervals import intervals
 from neo_jax.model import cache as kv
@@ -96,7 +97,9 @@ class Neo(nnx.Module):
                 }
                 if is_fresh:
                     return attend_rows(q_rtnj, k_rtkj, v_rtkh, start_r, end_rt, SCALE), grown
-                return attend_slots(q_rtnj, grown, layer, slot_r, end_rt, SCALE), grown
+                return attend_slots(
+                    q_rtnj, grown, layer, slot_r, end_rt, c.num_key_value_heads, SCALE
+                ), grown
 
             x_rtd, store = block(x_rtd, rotary, attend)
             return x_rtd, store, None
@@ -116,8 +119,7 @@ class Neo(nnx.Module):
 
         Rows that are not active keep their length; what they return means nothing.
         """
-        c, length_b1 = self.cfg, cache["length_b"][:, None]
-        zero_b1 = length_b1 * 0
+        c, zero_b1 = self.cfg, 0 * cache["length_b"][:, None]
         # The last place is never anybody's: an answer's last token is not fed.
         place_b = jnp.where(is_active_b, cache["length_b"], kv.length(cache) - 1)
         thw_b13 = jnp.stack([cache["t_b"][:, None], zero_b1, zero_b1], axis=-1)
@@ -129,8 +131,10 @@ class Neo(nnx.Module):
                     which: kv.write_token(store[which], new, layer, place_b)
                     for which, new in (("k", k_b1kj), ("v", v_b1kh))
                 }
-                k_bskj, v_bskh = (kv.read(grown[which], layer, c.dtype) for which in "kv")
-                z_b1nh = interval_attention(q_b1nj, k_bskj, v_bskh, zero_b1, length_b1 + 1, SCALE)
+                end_b, heads = cache["length_b"] + 1, c.num_key_value_heads
+                z_b1nh = decode_attention(
+                    q_b1nj, grown["k"], grown["v"], layer, end_b, heads, SCALE
+                )
                 return z_b1nh, grown
 
             x_b1d, store = block(x_b1d, rotary, attend)

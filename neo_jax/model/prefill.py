@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from neo_jax.kernels.interval_attention import interval_attention
 from neo_jax.model import cache as kv
-from neo_jax.sharding import spec
+from neo_jax.sharding import AXES, spec
 
 _HEADS, _ROWS = spec("batch", None, "heads", None), spec("batch", None)
 
@@ -68,6 +68,7 @@ def attend_slots(
     layer: jax.Array,
     slot_r: jax.Array,
     end_rt: jax.Array,
+    num_key_heads: int,
     scale: float,
 ) -> jax.Array:
     """For prompts that go on: each row sees its slot from 0 to `end_rt`. [R, T, N, H].
@@ -79,13 +80,15 @@ def attend_slots(
         def attend(row):
             q_tnj, slot, end_t = row
             k_1skj, v_1skh = (
-                kv.read_slot(store[which], layer, slot, q_rtnj.dtype) for which in ("k", "v")
+                kv.read_slot(store[which], layer, slot, num_heads, q_rtnj.dtype)
+                for which in ("k", "v")
             )
             end_1t = end_t[None]
             return interval_attention(q_tnj[None], k_1skj, v_1skh, 0 * end_1t, end_1t, scale)[0]
 
         return jax.lax.map(attend, (q_rtnj, slot_r, end_rt))
 
+    num_heads = num_key_heads // jax.sharding.get_abstract_mesh().shape[AXES["heads"]]
     in_specs = (_HEADS, kv.partition(store), spec(), spec("batch"), _ROWS)
     run = jax.shard_map(local, in_specs=in_specs, out_specs=_HEADS, check_vma=False)
     return run(q_rtnj, store, layer, slot_r, end_rt)

@@ -1,0 +1,188 @@
+"""Attention of one query per row over the cache, as in decoding.
+
+The cache keeps a token's heads side by side, [l, B, S, K * J], so one product of all its keys with
+queries that are zero in the other heads' places gives the scores: more operations than a product
+for each head, but nothing is moved, and reading the cache takes longer still. Values likewise.
+
+A store is {"values": that array}, with int8 also {"scale": [l, B, K, S] float32}: `model/cache.py`.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from neo_jax.kernels.dense import UNSEEN, product
+from neo_jax.kernels.on_device import on_device
+from neo_jax.kernels.pallas_forward import dot
+
+NAME = "decode_attention"
+LANES = 128
+BLOCKS = (512, 256, 128)  # keys read at once: the largest that divides the cache's length
+_ROWS_BY_ROWS = (((1,), (1,)), ((), ()))
+_PLAIN = (((1,), (0,)), ((), ()))
+
+
+def decode_attention(q_b1nj, k, v, layer, end_b, num_key_heads, scale, kernel=None):
+    """Softmax attention of each row's query over its first `end_b` keys. [B, 1, N, H].
+
+    Args:
+      q_b1nj: [B, 1, N, J].
+      k, v: stores of widths J and H.
+      layer: whose part of the stores is read.
+      end_b: [B] int32, 1 or more.
+      num_key_heads: K, over the whole mesh.
+      kernel: True: the TPU kernel, interpreted where there is no TPU; None: the best.
+    """
+    group = q_b1nj.shape[2] // num_key_heads
+    run = functools.partial(_on_device, group=group, scale=scale, kernel=kernel)
+    return on_device(run, (q_b1nj, k, v, jnp.asarray(layer), end_b), out_like=0)
+
+
+def _on_device(q_b1nj, k, v, layer, end_b, group, scale, kernel):
+    _, _, n, j = q_b1nj.shape
+    num_heads = n, n // group
+    length, width_v = v["values"].shape[2], v["values"].shape[3] // num_heads[1]
+    options = {"num_heads": num_heads, "scale": scale}
+    in_xla = functools.partial(_in_xla, **options)
+    arrays = (q_b1nj, k, v, layer, end_b)
+    if kernel is None and (j % LANES or width_v % LANES or length % LANES):
+        return in_xla(*arrays)
+    pallas = functools.partial(_pallas, **options)
+    if kernel:
+        in_xla = functools.partial(pallas, is_interpreted=True)
+    return jax.lax.platform_dependent(*arrays, tpu=pallas, default=in_xla)
+
+
+def _in_xla(q_b1nj, k, v, layer, end_b, num_heads, scale):
+    dot_in = product(q_b1nj.dtype)
+    k_bsx, v_bsx = (_read(store, layer, q_b1nj.dtype) for store in (k, v))
+    scores_bsn = scale * dot_in("bsx,bnx->bsn", k_bsx, _apart(q_b1nj, num_heads))
+    is_seen_bs = jnp.arange(k_bsx.shape[1]) < end_b[:, None]
+    p_bsn = jax.nn.softmax(jnp.where(is_seen_bs[..., None], scores_bsn, UNSEEN), axis=1)
+    z_bnx = dot_in("bsn,bsx->bnx", p_bsn.astype(v_bsx.dtype), v_bsx)
+    return _own(z_bnx, num_heads).astype(q_b1nj.dtype)
+
+
+def _read(store: dict, layer, dtype) -> jax.Array:
+    """[B, S, K * width] of one layer."""
+    part = jax.tree.map(
+        lambda array: jax.lax.dynamic_index_in_dim(array, layer, keepdims=False), store
+    )
+    if "scale" not in part:
+        return part["values"].astype(dtype)
+    b, s, x = part["values"].shape
+    heads = part["values"].reshape(b, s, part["scale"].shape[1], -1)
+    return (heads * part["scale"].swapaxes(1, 2)[..., None]).reshape(b, s, x).astype(dtype)
+
+
+def _apart(q_b1nj: jax.Array, num_heads: tuple[int, int]) -> jax.Array:
+    """[B, N, K * J]: each query in its own key head's place, among zeros."""
+    b, _, n, _ = q_b1nj.shape
+    return jnp.where(_is_own(num_heads), q_b1nj[:, 0, :, None], 0).reshape(b, n, -1)
+
+
+def _own(z_bnx: jax.Array, num_heads: tuple[int, int]) -> jax.Array:
+    """[B, 1, N, H]: of [B, N, K * H], what is in each query's own key head's place."""
+    b, n, _ = z_bnx.shape
+    z_bnkh = z_bnx.reshape(b, n, num_heads[1], -1)
+    return jnp.sum(jnp.where(_is_own(num_heads), z_bnkh, 0), axis=2)[:, None]
+
+
+def _is_own(num_heads: tuple[int, int]) -> jax.Array:
+    n, k = num_heads
+    return (jnp.arange(n)[:, None] // (n // k) == jnp.arange(k))[..., None]
+
+
+def _kernel(layer_ref, end_ref, *refs, scale, group):
+    *stores, z_ref, top_ref, sum_ref, acc_ref = refs
+    q_ref, k_ref, v_ref, *scales = stores
+    row, number = pl.program_id(0), pl.program_id(1)
+    block = k_ref.shape[0]
+
+    @pl.when(number == 0)
+    def _():
+        top_ref[...] = jnp.full_like(top_ref, UNSEEN / 2)
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+        acc_ref[...] = jnp.zeros_like(acc_ref)
+
+    @pl.when(number * block < end_ref[row])
+    def _():
+        q = q_ref[...]
+        scores_ns = scale * dot(q, k_ref[...].astype(q.dtype), _ROWS_BY_ROWS)
+        if scales:
+            scores_ns *= _for_queries(scales[0][...], group)
+        key_ns = number * block + jax.lax.broadcasted_iota(jnp.int32, scores_ns.shape, 1)
+        scores_ns = jnp.where(key_ns < end_ref[row], scores_ns, UNSEEN)
+        top = jnp.maximum(top_ref[...], jnp.max(scores_ns, axis=1, keepdims=True))
+        p_ns = jnp.exp(scores_ns - top)
+        shrink = jnp.exp(top_ref[...] - top)
+        top_ref[...] = top
+        sum_ref[...] = shrink * sum_ref[...] + jnp.sum(p_ns, axis=1, keepdims=True)
+        if scales:
+            p_ns *= _for_queries(scales[1][...], group)
+        v = v_ref[...].astype(q.dtype)
+        acc_ref[...] = shrink * acc_ref[...] + dot(p_ns.astype(q.dtype), v, _PLAIN)
+
+    @pl.when(number == pl.num_programs(1) - 1)
+    def _():
+        z_ref[...] = acc_ref[...] / sum_ref[...]
+
+
+def _for_queries(scale_ks: jax.Array, group: int) -> jax.Array:
+    """[K, S] -> [N, S]: the scale of each query's own key head."""
+    k, s = scale_ks.shape
+    return jnp.broadcast_to(scale_ks[:, None], (k, group, s)).reshape(k * group, s)
+
+
+def _pallas(q_b1nj, k, v, layer, end_b, num_heads, scale, is_interpreted=False):
+    q_bnx = _apart(q_b1nj, num_heads)
+    k_values, v_values = k["values"], v["values"]
+    b, n, width_k = q_bnx.shape
+    length, width_v = v_values.shape[2:]
+    block = next((size for size in BLOCKS if length % size == 0), length)
+
+    def last(number, row, end):
+        """A block behind the row's last one is not read: the last one is asked for again."""
+        return jnp.minimum(number, (end[row] - 1) // block)
+
+    def of_row(row, number, layer, end):
+        return row, 0, 0
+
+    def of_block(row, number, layer, end):
+        return layer[0], row, last(number, row, end), 0
+
+    def of_scale(row, number, layer, end):
+        return layer[0], row, 0, last(number, row, end)
+
+    arrays, specs = [q_bnx, k_values, v_values], [pl.BlockSpec((None, n, width_k), of_row)]
+    specs += [pl.BlockSpec((None, None, block, width), of_block) for width in (width_k, width_v)]
+    if "scale" in k:
+        arrays += [k["scale"], v["scale"]]
+        specs += [pl.BlockSpec((None, None, num_heads[1], block), of_scale)] * 2
+    z_bnx = pl.pallas_call(
+        functools.partial(_kernel, scale=scale, group=num_heads[0] // num_heads[1]),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(b, length // block),
+            in_specs=specs,
+            out_specs=pl.BlockSpec((None, n, width_v), of_row),
+            scratch_shapes=[
+                pltpu.VMEM((n, 1), jnp.float32),
+                pltpu.VMEM((n, 1), jnp.float32),
+                pltpu.VMEM((n, width_v), jnp.float32),
+            ],
+        ),
+        out_shape=jax.ShapeDtypeStruct((b, n, width_v), jnp.float32),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * b * n * length * (width_k + width_v),
+            transcendentals=b * n * length,
+            bytes_accessed=b * length * (width_k + width_v) * k_values.dtype.itemsize,
+        ),
+        name=NAME,
+        interpret=is_interpreted,
+    )(jnp.asarray(layer, jnp.int32).reshape(1), end_b.astype(jnp.int32), *arrays)
+    return _own(z_bnx, num_heads).astype(q_b1nj.dtype)
