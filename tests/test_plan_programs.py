@@ -80,7 +80,7 @@ def test_loops_run_as_often_as_the_scan_is_long():
 @needs_compiler
 def test_collectives_are_counted_by_kind_axis_and_bytes():
     text, topology, mesh = scanned()
-    totals = costs.read(text, topology, mesh, lambda one: None)
+    totals = costs.read(text, topology, mesh, lambda one, where: None)
     found = {}
     for one, count, _ in totals.collectives:
         entry = found.setdefault((one.kind, one.axes), [0, 0])
@@ -101,7 +101,7 @@ def test_collectives_are_counted_by_kind_axis_and_bytes():
 @needs_compiler
 def test_products_are_counted_in_loops():
     text, topology, mesh = scanned()
-    totals = costs.read(text, topology, mesh, lambda one: None)
+    totals = costs.read(text, topology, mesh, lambda one, where: None)
     assert totals.flops == LAYERS * 2 * (2 * ROWS * WIDTH * WIDTH)
 
 
@@ -121,7 +121,7 @@ def test_products_of_heads_are_counted(equation, shapes):
     arguments = [_argument(shape, mesh, P()) for shape in shapes]
     lower = jax.jit(lambda a, b: jnp.einsum(equation, a, b)).lower
     program = compiled(lambda: lower(*arguments), {})
-    totals = costs.read(program.text, topology, mesh, lambda one: None)
+    totals = costs.read(program.text, topology, mesh, lambda one, where: None)
     sizes = {}
     for letters, shape in zip(equation.split("->")[0].split(","), shapes, strict=True):
         sizes |= dict(zip(letters, shape, strict=True))
@@ -139,7 +139,7 @@ def test_bytes_of_memory_are_those_of_slices_and_results():
         return jax.lax.scan(lambda x, layer: (x * layer + 1, None), x, stack)[0]
 
     program = compiled(lambda: jax.jit(run).lower(*arguments), {})
-    totals = costs.read(program.text, topology, mesh, lambda one: None)
+    totals = costs.read(program.text, topology, mesh, lambda one, where: None)
     size = 2 * math.prod(shape)
     # Each step reads x and one layer and writes x; what x is copied into first may come to that.
     assert 3 * layers * size <= totals.hbm_bytes <= (3 * layers + 4) * size
@@ -176,5 +176,5 @@ ENTRY %main (p: f32[64]) -> f32[256] {
         def collective(self, one, is_scattered=False):
             return collectives.Collective("all-gather", ("x",), 4, 1024, 1024, "f32", 768, 1500, "")
 
-    totals = timeline.walk(hlo.parse(text), Network(), 1.0, lambda one: None)
+    totals = timeline.walk(hlo.parse(text), Network(), 1.0, lambda one, where: None)
     assert (totals.all_cycles, totals.waits) == (1200, 500)

@@ -14,8 +14,16 @@ import numpy as np
 
 from neo_jax.config import ModelConfig
 from neo_jax.plan.chips import Chip
-from neo_jax.plan.hlo import Instruction
-from neo_jax.plan.kernels import BLOCK, BLOCK_K, BLOCK_Q, PRODUCTS, STREAMED
+from neo_jax.plan.hlo import Computation, Instruction
+from neo_jax.plan.kernels import (
+    BLOCK,
+    BLOCK_K,
+    BLOCK_Q,
+    PRODUCTS,
+    STACKED,
+    STREAMED,
+    read_bytes,
+)
 from neo_jax.plan.packing import Row, visited
 
 TABLE = Path(__file__).with_name("kernel_cycles.json")
@@ -55,7 +63,7 @@ def streamed() -> dict[str, dict[str, int]]:
 
 def kernel_name(one: Instruction) -> str | None:
     """Which kernel a call is of: the longest name that it has in it."""
-    where, known = f"{one.name} {one.op_name}", [*PRODUCTS, *STREAMED]
+    where, known = f"{one.name} {one.op_name}", [*PRODUCTS, *STREAMED, *STACKED]
     return max((name for name in known if name in where), key=len, default=None)
 
 
@@ -69,9 +77,12 @@ class Attention:
     groups: int  # key heads of a device
     heads_of_group: int
 
-    def seconds(self, one: Instruction) -> float | None:
-        """Mean over the sampled rows; None for a kernel that is not in the table."""
+    def seconds(self, one: Instruction, where: Computation) -> float | None:
+        """Of a call; of attention the mean over the sampled rows. None for an unknown kernel."""
         name = kernel_name(one) or ""
+        if name in STACKED:
+            operands = [where.by_name[operand] for operand in one.operands]
+            return read_bytes(one, operands) / self.chip.hbm_bandwidth
         if name in STREAMED:
             return self._streamed(name, one)
         steps = table().get(name, {}).get(self.chip.name)

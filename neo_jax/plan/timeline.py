@@ -16,7 +16,7 @@ from neo_jax.plan.hlo import Computation, Instruction, Module
 
 KERNEL = "tpu_custom_call"
 # Gives the seconds of a kernel's call, None for one that it does not know.
-KernelTime = Callable[[Instruction], float | None]
+KernelTime = Callable[[Instruction, Computation], float | None]
 
 
 @dataclasses.dataclass
@@ -114,7 +114,7 @@ class _Walk:
             elif one.op in ("conditional", "call"):
                 clock.now += self._call(one, times)
             elif one.op == "custom-call" and one.target == KERNEL:
-                clock.now += self._kernel(one, times)
+                clock.now += self._kernel(where, one, times)
             elif not self._is_collective(one, times, clock):
                 self._compute(where, one, times, clock)
         return clock.now
@@ -140,8 +140,8 @@ class _Walk:
         whole.add(quickest)
         return seconds
 
-    def _kernel(self, one: Instruction, times: float) -> float:
-        seconds = self.kernel_time(one)
+    def _kernel(self, where: Computation, one: Instruction, times: float) -> float:
+        seconds = self.kernel_time(one, where)
         name = one.op_name or one.name
         if seconds is None:
             self.totals.unknown_kernels.append(name)

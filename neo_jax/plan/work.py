@@ -7,6 +7,7 @@ import numpy as np
 
 from neo_jax.plan.collectives import everything
 from neo_jax.plan.hlo import Array, Computation, Instruction, Module
+from neo_jax.plan.kernels import read_bytes
 
 # Instructions that only name values, or say how they are laid out.
 FREE = {
@@ -138,6 +139,8 @@ def traffic(module: Module, where: Computation, one: Instruction) -> int:
         return _in_hbm(operands[1].arrays[0]) + (
             0 if one.arrays[0].is_in_vmem else operands[1].arrays[0].bytes
         )
+    if one.op == "custom-call":
+        return read_bytes(one, operands) + sum(_in_hbm(array) for array in one.arrays)
     reads = operands[:0] if one.op in _SLICES else operands
     total = sum(_in_hbm(array) for each in reads for array in each.arrays)
     if one.op in _SLICES and not operands[0].arrays[0].is_in_vmem:
