@@ -229,10 +229,9 @@ def compare(chips: list[str], group: int, is_written: bool) -> int:
             over = most is not None and value > (1 + TOLERANCE) * most
             is_over |= over
             print(f"{chip:6}{name:38}{part:8}{value:9}{most or '-':>9}{'  OVER' * over}")
-    if is_written:
-        TABLE.write_text(json.dumps(kept, indent=2) + "\n")
-        return 0
-    return int(is_over)
+        if is_written:
+            TABLE.write_text(json.dumps(kept, indent=2) + "\n")
+    return int(is_over and not is_written)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def _times(plan: Plan) -> dict[str, float]:
     if not plan.times:
         return {}
     parts = {f"{name}": 1e3 * seconds for name, seconds in plan.times.by_kind.items()}
-    parts["attention kernels"] = 1e3 * plan.times.kernels
+    parts["kernels"] = 1e3 * plan.times.kernels
     parts["waits for the network"] = 1e3 * plan.times.waits
     return parts
 

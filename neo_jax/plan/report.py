@@ -74,7 +74,7 @@ def _body(plan: Plan) -> Iterator[str]:
         for name, seconds in parts.items():
             yield _line(f"  {title}{name}", f"{1e3 * seconds:.1f}")
         if not title:
-            yield _line("  attention kernels", f"{1e3 * times.kernels:.1f}")
+            yield _line("  kernels", f"{1e3 * times.kernels:.1f}")
             yield _line("  waits for the network", f"{1e3 * times.waits:.1f}")
     yield _line("bound of the program", f"{1e3 * times.step:.1f}", f"{times.bound_by} bound")
     yield _line("roofline of its work", f"{1e3 * times.roofline:.1f}")

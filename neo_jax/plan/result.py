@@ -6,7 +6,7 @@ from typing import Any
 GIB = 2**30
 NOTICE = (
     "Times are bounds computed from the compiled program, not measurements: the compiler's "
-    "estimate of cycles, counted steps of attention kernels, bytes over documented bandwidths."
+    "estimate of cycles, counted steps of kernels, bytes over documented bandwidths."
 )
 
 
@@ -42,7 +42,7 @@ class Times:
     """Seconds of one run of the program on one device."""
 
     operations: float  # the compiler's cycles
-    kernels: float  # attention, counted
+    kernels: float  # counted: attention, norms and rotation
     waits: float  # for the network alone
     network: float  # all collectives, one after the other
     memory: float  # bytes moved in HBM at its bandwidth
