@@ -1,6 +1,7 @@
 """Programs of this package compiled for a slice: memory, compiler's warnings, the final text."""
 
 import dataclasses
+import math
 import re
 import time
 from collections.abc import Callable
@@ -114,12 +115,9 @@ def place(tree, mesh: Mesh):
 
 def device_bytes(tree) -> int:
     """Of the part of abstract arrays that one device holds."""
-    parts = (
-        (leaf.sharding.shard_shape(leaf.shape), leaf.dtype.itemsize)
-        for leaf in jax.tree.leaves(tree)
-    )
     return sum(
-        int(jnp.prod(jnp.array(shape, float))) * size if shape else size for shape, size in parts
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
     )
 
 

@@ -80,23 +80,24 @@ def candidates(
         for micro in MICRO_BATCHES:
             if c.data.rows % (micro * batch_rows(placed)):
                 continue
+            one = dataclasses.replace(c, mesh=sizes, micro_batches=micro)
+            try:
+                with jax.set_mesh(placed):
+                    held = device_bytes(training_arguments(one, model, placed))
+            except InputError:  # it does not divide the parameters
+                break
             for remat in REMAT_POLICIES:
-                one = dataclasses.replace(c, mesh=sizes, micro_batches=micro, remat=remat)
-                try:
-                    yield one, least_bytes(one, model, placed)
-                except InputError:  # it does not divide the parameters
-                    break
+                one = dataclasses.replace(one, remat=remat)
+                yield one, held + _kept_bytes(one, model, placed)
 
 
-def least_bytes(c: Config, model: ModelConfig, mesh) -> int:
-    """State, batch and the residual stream that every policy keeps: no program has less."""
-    with jax.set_mesh(mesh):
-        arguments = training_arguments(c, model, mesh)
+def _kept_bytes(c: Config, model: ModelConfig, mesh) -> int:
+    """Of the residual stream, which every policy keeps: no program has less."""
     rows = c.data.rows * tensor_size(mesh) / mesh.size / c.micro_batches  # or a part of one
     kept = rows * c.data.length * model.hidden_size * 2 * model.num_layers
     if c.remat == "none":  # and the inputs of every product
         kept *= 1 + (2 * model.intermediate_size + model.hidden_size) / model.hidden_size
-    return device_bytes(arguments) + int(kept)
+    return int(kept)
 
 
 def _meshes(count: int, model: ModelConfig) -> Iterator[tuple[int, ...]]:
