@@ -99,7 +99,8 @@ def _reason(error: str) -> str:
         rf"Used {_SIZE} of {_SIZE}",
     ):
         if found := re.search(words, error):
-            return re.sub(r"\s+", " ", found[0]).strip()
+            said = re.sub(r"\s+", " ", found[0]).strip()
+            return said.removeprefix("RESOURCE_EXHAUSTED: ").split("HBM, ", 1)[-1]
     return re.sub(r"\s+", " ", error)[:300]
 
 
