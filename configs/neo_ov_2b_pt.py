@@ -4,6 +4,8 @@ from configs.models import NEO_OV_2B
 from configs.stages import pre_training
 from neo_jax.train.config import Config
 
+MODEL = NEO_OV_2B  # of the checkpoint that `start` names
+
 
 def get_config() -> Config:
-    return pre_training(NEO_OV_2B)
+    return pre_training(MODEL)

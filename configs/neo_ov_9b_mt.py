@@ -4,6 +4,8 @@ from configs.models import NEO_OV_9B
 from configs.stages import mid_training
 from neo_jax.train.config import Config
 
+MODEL = NEO_OV_9B  # of the checkpoint that `start` names
+
 
 def get_config() -> Config:
-    return mid_training(NEO_OV_9B)
+    return mid_training(MODEL)

@@ -4,6 +4,8 @@ from configs.models import NEO_OV_9B
 from configs.stages import fine_tuning
 from neo_jax.train.config import Config
 
+MODEL = NEO_OV_9B  # of the checkpoint that `start` names
+
 
 def get_config() -> Config:
-    return fine_tuning(NEO_OV_9B)
+    return fine_tuning(MODEL)

@@ -11,12 +11,14 @@ moves, and only `tensor` is left to the types of arrays. Everywhere else all axe
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -80,12 +82,33 @@ def make_mesh(
         raise InputError(
             f"mesh {tuple(shape)} needs {math.prod(sizes)} devices, {len(devices)} are here"
         )
-    return jax.make_mesh(
-        sizes,
-        MESH_AXES,
-        devices=devices[: math.prod(sizes)],
-        axis_types=(AxisType.Explicit,) * len(MESH_AXES),
-    )
+    arranged = _arranged(shape, devices[: math.prod(sizes)])
+    return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
+
+
+def _arranged(shape: Sequence[int], devices: list[jax.Device]) -> np.ndarray:
+    """The devices so that axes lie along sides of their slice, and `data` along slices.
+
+    Of fsdp's two sizes those nearest to a square are taken for which axes take whole sides, which
+    are rings; where none do, as for a context of 2 on a square, axes may share a side.
+    """
+    data, fsdp, tensor, context = (*shape, 1)[:4]
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if data % slices:
+        raise InputError(f"mesh {tuple(shape)}: data must be a multiple of the {slices} slices")
+    pairs = [(fsdp // n, n) for n in range(1, fsdp + 1) if fsdp % n == 0]
+    pairs.sort(key=lambda pair: (abs(pair[0] - pair[1]), pair[1]))
+    for are_shared, (major, minor) in itertools.product((False, True), pairs):
+        sizes = (data // slices, major, minor, context, tensor)
+        options = {"devices": devices, "allow_split_physical_axes": are_shared}
+        try:
+            if slices == 1:
+                return mesh_utils.create_device_mesh(sizes, **options)
+            between = (slices, *[1] * (len(sizes) - 1))
+            return mesh_utils.create_hybrid_device_mesh(sizes, between, **options)
+        except (NotImplementedError, ValueError):  # these do not go along the sides
+            continue
+    raise InputError(f"mesh {tuple(shape)}: does not go along the sides of the slice")
 
 
 def axis_sizes(shape: Sequence[int]) -> tuple[int, ...]:

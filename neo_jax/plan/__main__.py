@@ -1,0 +1,196 @@
+"""What would a run need on TPUs that are not here? Compiles it for them and says.
+
+Memory of a device, work, collectives, a bound of the time of a step and what it is bound by, from
+the program that the TPU compiler makes on this machine. Plans are kept and made again in seconds.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+
+import jax
+
+from neo_jax.errors import InputError
+from neo_jax.model.decoder import REMAT_POLICIES
+from neo_jax.plan import pods, report, search
+from neo_jax.plan.figure import draw
+from neo_jax.plan.packing import CAUSAL, MIXES
+from neo_jax.plan.serving import plan_serving
+from neo_jax.plan.topology import PODS, find_topology, parse_sizes
+from neo_jax.plan.training import model_of, plan_training
+from neo_jax.sharding import batch_rows
+from neo_jax.train import config_file
+from neo_jax.train.config import Config, override
+
+EXAMPLES = """examples:
+  python -m neo_jax.plan configs/neo_ov_2b_sft.py --topology v5e:16x16 --tokens-per-chip 8192
+  python -m neo_jax.plan configs/neo_ov_9b_sft.py --pod v5e-256 --png plan.png
+  python -m neo_jax.plan configs/neo_ov_2b_sft.py --topology v6e-16 --search
+  python -m neo_jax.plan configs/neo_ov_2b_sft.py --topology v5e:2x2 --mesh 1x1x4 --serve --slots 32
+  python -m neo_jax.plan --pods docs/pods.md
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    # Arrays are abstract; whatever accelerator is here is left alone.
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        return run(args)
+    except InputError as error:
+        print(f"neo_jax.plan: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"neo_jax.plan: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("neo_jax.plan: interrupted; what was compiled is kept", file=sys.stderr)
+        return 130
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m neo_jax.plan",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("config", nargs="?", help="as for train.py: a file with get_config() -> Config")
+    add("settings", nargs="*", help="as for train.py, such as optim.state_dtype=bfloat16")
+    add("--topology", metavar="T", help=f"v5e:16x16, chips each way, or {', '.join(PODS)}")
+    add("--pod", metavar="P", help="a slice and what configs/pods.py has for it")
+    add("--mesh", metavar="DxFxT", help="data x fsdp x tensor[ x context]; default: the config's")
+    add("--remat", choices=list(REMAT_POLICIES))
+    add("--micro-batches", type=positive, metavar="N")
+    add("--length", type=positive, metavar="N", help="tokens of a row")
+    add("--rows", type=positive, metavar="N", help="of a step")
+    add("--tokens-per-chip", type=positive, metavar="N", help="chooses rows, and length if need be")
+    mixes = [*MIXES, CAUSAL]
+    add("--packing", default="sft", choices=mixes, help="kind of data; default sft")
+    add("--option", action="append", default=[], metavar="NAME=VALUE", help="of the TPU compiler")
+    add("--no-flags", action="store_true", help="leave out the chip's own flags: compiles faster")
+    add("--search", action="store_true", help="try meshes, remat and micro-batches; rank them")
+    add("--most", type=positive, default=12, metavar="N", help="programs that a search compiles")
+    add("--serve", action="store_true", help="plan prefill and decode instead of training")
+    add("--slots", type=positive, default=8, metavar="N", help="requests that run at once")
+    add("--max-length", type=positive, default=4096, metavar="N", help="tokens of a slot")
+    add("--prefill", type=positive, default=2048, metavar="N", help="tokens of a prefill")
+    add("--kv-dtype", default="bfloat16", choices=["bfloat16", "float32", "int8"])
+    add("--weights", choices=["int8"], help="of the large matrices; default: bfloat16")
+    add("--pods", metavar="MD", help="make the rows of the table in configs/pods.py, one by one")
+    add("--only", metavar="PART", default="", help="of --pods: rows whose name has this in it")
+    add("--json", metavar="FILE", help="write the plans; - prints them instead of tables")
+    add("--png", metavar="FILE", help="draw memory and time")
+    add("--no-cache", action="store_true", help="compile anew")
+    return parser.parse_args(argv)
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
+def run(args: argparse.Namespace) -> int:
+    for path in filter(None, (args.json, args.png)):
+        if path != "-":
+            open(path, "ab").close()  # before the long work
+    if args.pods:
+        return pods.write_table(args.pods, args.only, args.no_cache)
+    if not args.config or bool(args.topology) == bool(args.pod):
+        raise InputError("name a config and either --topology or --pod; --help has examples")
+    if args.config and "=" in args.config:
+        raise InputError(f"{args.config}: name the config before the settings")
+    module = config_file.load(args.config)
+    config = module.get_config()
+    if args.pod:
+        config = config_file.on_pod(config, args.config, args.pod)
+    config = override(config, args.settings)
+    topology = args.topology or args.pod
+    config = requested(config, args, topology)
+    model = model_of(config, module)
+    name, options = os.path.basename(args.config), dict(map(option, args.option))
+    if args.serve:
+        plans = plan_serving(
+            model,
+            topology,
+            mesh=config.mesh,
+            slots=args.slots,
+            max_length=args.max_length,
+            prefill=args.prefill,
+            kv_dtype=args.kv_dtype,
+            weights=args.weights,
+            name=name,
+            options=options,
+            with_flags=not args.no_flags,
+            use_cache=not args.no_cache,
+        )
+    elif args.search:
+        plans = search.search(args, config, model, topology)
+    else:
+        plan = plan_training(
+            config,
+            topology,
+            model=model,
+            packing=args.packing,
+            name=name,
+            options=options,
+            with_flags=not args.no_flags,
+            use_cache=not args.no_cache,
+        )
+        plans = [plan]
+    if args.json != "-":
+        print(report.ranking(plans) if args.search else "\n\n".join(map(report.table, plans)))
+    write(args, plans)
+    return 1 if all(plan.problem for plan in plans) else 0
+
+
+def requested(c: Config, args: argparse.Namespace, topology: str) -> Config:
+    """The config with what the command line asks for."""
+    slice_ = find_topology(topology)
+    mesh = slice_.mesh(parse_sizes(args.mesh) if args.mesh else c.mesh)
+    sizes = tuple(parse_sizes(args.mesh)) if args.mesh else c.mesh
+    length, rows = args.length or c.data.length, args.rows or c.data.rows
+    if args.tokens_per_chip:
+        tokens, parts = args.tokens_per_chip * mesh.size, batch_rows(mesh)
+        if not args.length and tokens < length * parts:
+            length = tokens // parts  # one row on each part of the batch
+        rows = tokens // length
+        if rows * length != tokens or rows % parts:
+            raise InputError(
+                f"--tokens-per-chip {args.tokens_per_chip}: {tokens} tokens are no multiple of "
+                f"{parts} rows of {length}; use another --length"
+            )
+    elif not args.rows and not args.pod and rows % batch_rows(mesh):
+        rows = batch_rows(mesh)
+    changes = {"micro_batches": args.micro_batches or c.micro_batches}
+    changes |= {"remat": args.remat or c.remat, "mesh": sizes}
+    return dataclasses.replace(
+        c, data=dataclasses.replace(c.data, length=length, rows=rows), **changes
+    )
+
+
+def option(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise InputError(f"--option {text}: write NAME=VALUE, such as xla_tpu_x=true")
+    return name.removeprefix("--"), value
+
+
+def write(args: argparse.Namespace, plans: list) -> None:
+    if args.json:
+        text = json.dumps([plan.to_json() for plan in plans], indent=2)
+        if args.json == "-":
+            print(text)
+        else:
+            with open(args.json, "w", encoding="utf-8") as file:
+                file.write(text + "\n")
+    if args.png:
+        draw(plans, args.png)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

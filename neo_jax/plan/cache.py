@@ -1,0 +1,79 @@
+"""Compiled programs on disk, so that a plan is made again in seconds.
+
+What is kept is what the compiler gave: memory and text. A plan is read from it anew each time, so
+changes of how plans are read need no compilation, and changes of what is compiled always have one:
+the key has versions, the source of everything that a program is made of, and the request.
+"""
+
+import functools
+import gzip
+import hashlib
+import json
+import os
+import zlib
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+
+from neo_jax.plan.program import Compiled, Memory
+
+_PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")
+_ROOT = Path(__file__).parents[1]
+# What a program is made of; of this package, only how it is lowered.
+_SOURCES = ("*.py", "model/*.py", "kernels/*.py", "train/*.py", "infer/*.py", "plan/program.py",
+            "plan/serving.py")  # fmt: skip
+
+
+def directory() -> Path:
+    """NEO_JAX_PLANS, or neo_jax/plans in the user's cache."""
+    named = os.environ.get("NEO_JAX_PLANS")
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(named) if named else Path(cache) / "neo_jax" / "plans"
+
+
+def key(request: dict) -> str:
+    """Of everything that the program depends on."""
+    whole = {"request": request, "versions": versions(), "sources": sources()}
+    return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+def load(name: str) -> Compiled | None:
+    """None if it is not there, or was left half written."""
+    try:
+        with gzip.open(directory() / f"{name}.json.gz", "rt") as file:
+            kept = json.load(file)
+    except (OSError, EOFError, ValueError, zlib.error):
+        return None
+    memory = Memory(**kept["memory"]) if kept["memory"] else None
+    rest = {field: value for field, value in kept.items() if field not in ("memory", "request")}
+    rest["rematerialized"] = tuple(rest["rematerialized"])
+    return Compiled(memory, **rest)
+
+
+def store(name: str, compiled: Compiled, request: dict) -> None:
+    path = directory() / f"{name}.json.gz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{name}.{os.getpid()}")
+    with gzip.open(partial, "wt") as file:
+        json.dump({"request": request, **asdict(compiled)}, file, default=str)
+    partial.rename(path)
+
+
+@functools.cache
+def sources() -> str:
+    """A hash of the package's own code that programs are made of."""
+    digest = hashlib.sha256()
+    for pattern in _SOURCES:
+        for path in sorted(_ROOT.glob(pattern)):
+            digest.update(f"{path.relative_to(_ROOT)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "none"
+    return found

@@ -1,0 +1,69 @@
+"""What a device of each TPU generation has, and the compiler's options for it: one table.
+
+A device is what JAX calls one: a chip, but half a chip on v7x. Sources: the TPU pages of the Google
+Cloud documentation (v5e, v5p, v6e, TPU7x) for FLOPs, memory and links; `usable_gib` is the limit
+that the compiler itself names when a program does not fit. The clock is the one that gives the
+documented FLOPs with the products that the compiler counts per cycle, and turns its cycles into
+seconds.
+"""
+
+import dataclasses
+
+from neo_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    name: str
+    spelling: str  # of the compiler, in topologies
+    flops: float  # dense bfloat16, per second of a device
+    clock: float  # cycles per second
+    usable_gib: float  # HBM of a device that a program can have
+    hbm_bandwidth: float  # bytes per second of a device
+    link_bandwidth: float  # bytes per second of one link between neighbours, one way
+    ring: int  # a dimension of the slice that is a multiple of this is closed to a ring
+    cores: int  # of a device: each runs its share of a kernel's heads
+    flags: tuple[tuple[str, str], ...]  # of the compiler, for runs and for plans
+    to_read: tuple[tuple[str, str], ...]  # for plans only
+
+    @property
+    def libtpu_args(self) -> str:
+        """The flags as the LIBTPU_INIT_ARGS of a run."""
+        return " ".join(f"--{name}={value}" for name, value in self.flags)
+
+    def options(self, with_flags: bool = True) -> dict[str, str]:
+        """Of the compiler, for plans."""
+        return dict(self.to_read) | (dict(self.flags) if with_flags else {})
+
+
+# How much VMEM a fusion may use. By the compiler's own estimate half of a v5e's or v6e's takes a
+# sixth of the cycles off a step; compiling takes several times as long.
+_VMEM = (("xla_tpu_scoped_vmem_limit_kib", "65536"),)
+
+# What the compiler hands to the SparseCore it cannot print (jaxlib 0.10.2 with libtpu 0.0.52), so
+# plans keep it on the TensorCore: gathers of embedding rows, and on v7x collectives too, which
+# a real run can hide better than its plan says.
+_GATHERS = (("xla_tpu_offload_gather_to_sparsecore", "false"),)
+_ALL_OFFLOADS = (
+    *_GATHERS,
+    ("xla_tpu_enable_offloading_scatter_to_sparsecore", "false"),
+    *(
+        (f"xla_tpu_enable_sparse_core_collective_offload_{kind}", "false")
+        for kind in ("all_gather", "all_reduce", "reduce_scatter")
+    ),
+)
+
+_TABLE = (
+    ("v5e", "v5e", 197e12, 1.5e9, 15.75, 819e9, 45e9, 16, 1, _VMEM, ()),
+    ("v5p", "v5p", 459e12, 1.75e9, 95.73, 2765e9, 90e9, 4, 2, (), _GATHERS),
+    ("v6e", "v6e", 918e12, 1.75e9, 31.24, 1638e9, 90e9, 16, 1, _VMEM, _GATHERS),
+    ("v7x", "tpu7x", 1153.5e12, 2.2e9, 94.74, 3690e9, 90e9, 4, 1, (), _ALL_OFFLOADS),
+)
+CHIPS = {row[0]: Chip(*row) for row in _TABLE}
+
+
+def find_chip(name: str) -> Chip:
+    """Raises InputError for a generation that is not in the table."""
+    if name not in CHIPS:
+        raise InputError(f"{name!r}: no such TPU; there are {', '.join(CHIPS)}")
+    return CHIPS[name]

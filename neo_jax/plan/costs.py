@@ -1,0 +1,122 @@
+"""From a compiled program to the figures of a plan."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+from jax.sharding import Mesh
+
+from neo_jax.config import PATCH_CHANNELS, ModelConfig
+from neo_jax.model.neo import abstract_params
+from neo_jax.plan import hlo, timeline
+from neo_jax.plan.chips import Chip
+from neo_jax.plan.collectives import Collective, Network
+from neo_jax.plan.packing import Row
+from neo_jax.plan.result import Times, Traffic
+from neo_jax.plan.timeline import KernelTime, Totals
+from neo_jax.plan.topology import Topology
+from neo_jax.sharding import AXES
+from neo_jax.train import rules
+from neo_jax.train.metrics import flops_per_batch
+
+
+def read(text: str, topology: Topology, mesh: Mesh, kernel_time: KernelTime) -> Totals:
+    """Adds up a program's final text."""
+    module = hlo.parse(text)
+    return timeline.walk(module, Network(topology, mesh), topology.chip.clock, kernel_time)
+
+
+def times(totals: Totals, chip: Chip) -> Times:
+    def seconds(which: int) -> dict[str, float]:
+        sums: dict[str, float] = {}
+        for key, cycles in totals.cycles.items():
+            sums[key[which]] = sums.get(key[which], 0.0) + cycles / chip.clock
+        return dict(sorted(sums.items(), key=lambda item: -item[1]))
+
+    return Times(
+        operations=totals.all_cycles / chip.clock,
+        kernels=totals.kernel_seconds,
+        waits=totals.waits,
+        network=sum(one.seconds * count for one, count, _ in totals.collectives),
+        memory=totals.hbm_bytes / chip.hbm_bandwidth,
+        products=totals.flops / chip.flops,
+        by_kind=seconds(0),
+        by_part=seconds(1),
+        by_phase=seconds(2),
+    )
+
+
+def longest(totals: Totals, chip: Chip, most: int = 12) -> tuple[tuple[str, float, float], ...]:
+    """The operations that take longest: what they are, how often they run, seconds together."""
+    ranked = sorted(totals.operations.items(), key=lambda item: -item[1][0])[:most]
+    return tuple((name, runs, cycles / chip.clock) for name, (cycles, runs) in ranked)
+
+
+def traffic(totals: Totals) -> tuple[Traffic, ...]:
+    """Collectives by kind and axes, the longest first."""
+    sums: dict[tuple[str, str, bool], list[float]] = {}
+    for one, count, is_waited_for in totals.collectives:
+        key = (one.kind, "+".join(one.axes) or "one device", not is_waited_for)
+        entry = sums.setdefault(key, [0.0, 0.0, 0.0, 0.0])
+        for i, value in enumerate((1, one.bytes, one.sent, one.seconds)):
+            entry[i] += count * value
+    rows = [
+        Traffic(kind, axes, *entry, is_beside)  # type: ignore[arg-type]
+        for (kind, axes, is_beside), entry in sums.items()
+    ]
+    return tuple(sorted(rows, key=lambda row: -row.seconds))
+
+
+def all_reduced(totals: Totals) -> dict[str, float]:
+    """Bytes that are all-reduced over axes that split the batch, by the largest array of each.
+
+    Gradients of weights should be scattered instead: half the traffic.
+    """
+    axes, found = set(axis_names("batch")), {}
+    for one, count, _ in totals.collectives:
+        if one.kind == "all-reduce" and axes & set(one.axes):
+            found[one.array] = found.get(one.array, 0.0) + one.bytes * count
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def largest_all_gather(totals: Totals) -> tuple[int, str]:
+    """Its bytes, and what it is."""
+    gathers: Iterable[Collective] = (
+        one for one, _, _ in totals.collectives if one.kind == "all-gather"
+    )
+    largest = max(gathers, key=lambda one: one.largest, default=None)
+    return (largest.largest, f"{largest.array} {largest.op_name}") if largest else (0, "")
+
+
+def model_flops(c: ModelConfig, trained: Sequence[str], rows: Sequence[Row]) -> float:
+    """Products that training on rows needs, by the keys that their tokens see; padding needs none.
+
+    Args:
+      trained: path rules; the weights of what is frozen have no gradients.
+    """
+    tokens = sum(row.tokens for row in rows)
+    patches = 4 * sum(row.image_tokens for row in rows)
+    whole = flops_per_batch(c, tokens, patches, sum(row.keys for row in rows))
+    params = abstract_params(c)
+    frozen = rules.split(params, rules.matching(params, trained))[1] if trained else params
+    flat = {path: _leaf(frozen, path) for path in rules.paths(frozen)} if frozen else {}
+    head = "embed" if c.tie_word_embeddings else "lm_head"
+    unneeded = 0
+    for path, leaf in flat.items():
+        if "/attention/" in path or "/mlp/" in path or path == head:
+            unneeded += 2 * tokens * math.prod(leaf.shape)
+    if any(path.startswith("patch_embed") for path in flat):
+        hidden = c.vision_hidden_size
+        unneeded += 2 * patches * (PATCH_CHANNELS * hidden + hidden * c.hidden_size)
+    return whole - unneeded
+
+
+def _leaf(tree: dict, path: str):
+    for name in path.split("/"):
+        tree = tree[name]
+    return tree
+
+
+def axis_names(dimension: str) -> tuple[str, ...]:
+    """Mesh axes that split a dimension."""
+    axes = AXES[dimension]
+    return (axes,) if isinstance(axes, str) else tuple(axes)

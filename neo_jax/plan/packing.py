@@ -1,0 +1,158 @@
+"""Synthetic documents, packed as the data pipeline does, and the blocks that attention visits.
+
+How long attention takes depends on how documents fill rows. The mixes below stand for kinds of
+data; their lengths are assumptions, drawn from a fixed seed, and a plan names the one that it took.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from neo_jax.errors import InputError
+
+# A document: the lengths of its runs of text and of its images, in order.
+Document = list[tuple[str, int]]
+TEXT, IMAGE = "text", "image"
+SEED = 0
+OPEN_ROWS = 8  # that are filled at once, as data.packing_rows
+
+
+def _caption(rng: np.random.Generator) -> Document:
+    return [(TEXT, _between(rng, 15, 30)), (IMAGE, _between(rng, 64, 1024)),
+            (TEXT, _between(rng, 40, 150))]  # fmt: skip
+
+
+def _sft(rng: np.random.Generator) -> Document:
+    image = int(np.exp(rng.uniform(np.log(256), np.log(4096))))
+    return [(TEXT, _between(rng, 30, 60)), (IMAGE, image), (TEXT, _between(rng, 60, 800))]
+
+
+def _multi(rng: np.random.Generator) -> Document:
+    document = [(TEXT, 40)]
+    for _ in range(_between(rng, 4, 16)):
+        document += [(IMAGE, _between(rng, 256, 1024)), (TEXT, _between(rng, 3, 40))]
+    return [*document, (TEXT, _between(rng, 60, 400))]
+
+
+def _video(rng: np.random.Generator) -> Document:
+    frames, size = _between(rng, 32, 128), _between(rng, 64, 256)
+    return [(TEXT, 40), *[(TEXT, 8), (IMAGE, size)] * frames, (TEXT, 200)]
+
+
+def _text(rng: np.random.Generator) -> Document:
+    return [(TEXT, _between(rng, 200, 4000))]
+
+
+def _mixed(rng: np.random.Generator) -> Document:
+    # text : image : multi-image : video = 2 : 4 : 1 : 1, as the second stage of NEO-ov
+    return rng.choice([_text, _sft, _multi, _video], p=[0.25, 0.5, 0.125, 0.125])(rng)
+
+
+MIXES: dict[str, Callable[[np.random.Generator], Document]] = {
+    "caption": _caption,  # an image of 64 to 1024 tokens and a sentence
+    "sft": _sft,  # an image of 256 to 4096 tokens and a conversation
+    "multi": _multi,  # 4 to 16 images
+    "video": _video,  # 32 to 128 frames
+    "text": _text,
+    "mixed": _mixed,
+}
+CAUSAL = "causal"  # one text as long as the row: the most that attention can take
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A packed row."""
+
+    start: np.ndarray  # [L] first key that each token sees
+    end: np.ndarray  # [L] one past its last
+    tokens: int  # without padding
+    image_tokens: int
+
+    @property
+    def keys(self) -> int:
+        """That its tokens see, summed over tokens."""
+        return int((self.end - self.start)[: self.tokens].sum())
+
+
+@functools.cache
+def packed(mix: str, length: int, count: int) -> tuple[Row, ...]:
+    """So many rows of a mix, best fit; documents that are longer than a row are left out.
+
+    Raises:
+      InputError: for a mix that is not there, or of which no document fits.
+    """
+    if mix == CAUSAL:
+        return (build([[(TEXT, length)]], length),) * count
+    if mix not in MIXES:
+        raise InputError(f"packing {mix!r}: use one of {', '.join([*MIXES, CAUSAL])}")
+    rows, opened = [], [[] for _ in range(OPEN_ROWS)]
+    room = [length] * OPEN_ROWS
+    for document in _documents(mix, length):
+        size = sum(part for _, part in document)
+        fitting = [i for i in range(OPEN_ROWS) if size <= room[i]]
+        if not fitting:  # the fullest is closed
+            place = int(np.argmin(room))
+            rows.append(build(opened[place], length))
+            opened[place], room[place] = [document], length - size
+            if len(rows) == count:
+                return tuple(rows)
+        else:
+            place = min(fitting, key=lambda i: room[i])
+            opened[place].append(document)
+            room[place] -= size
+
+
+def _documents(mix: str, length: int) -> Iterator[Document]:
+    rng, refused = np.random.default_rng(SEED), 0
+    while refused < 1000:
+        document = MIXES[mix](rng)
+        if sum(part for _, part in document) <= length:
+            refused = 0
+            yield document
+        refused += 1
+    raise InputError(f"packing {mix!r}: no document fits into rows of {length} tokens")
+
+
+def build(documents: list[Document], length: int) -> Row:
+    """A row of documents, one after the other, then padding."""
+    start = np.arange(length)  # padding sees itself
+    end, place, image_tokens = start + 1, 0, 0
+    for document in documents:
+        first = place
+        for kind, size in document:
+            start[place : place + size] = first
+            if kind == IMAGE:
+                end[place : place + size] = place + size
+                image_tokens += size
+            place += size
+    return Row(start, end, place, image_tokens)
+
+
+def visited(row: Row, queries: int, keys: int) -> tuple[int, int]:
+    """Pairs of a block of queries and a block of keys that have something to see.
+
+    Both bounds never fall along a row, so the keys that a block of queries sees are one run.
+
+    Args:
+      queries, keys: sizes of the blocks; the last ones may be cut off.
+
+    Returns:
+      how many pairs, and how many of them need no mask: every query there sees every key.
+    """
+    length = len(row.start)
+    first = np.arange(0, length, queries)
+    last = np.minimum(first + queries, length) - 1
+    low, high = row.start[first] // keys, -(-row.end[last] // keys)
+    # Every query of the block sees the keys [start of its last, end of its first).
+    whole_low = -(-row.start[last] // keys)
+    whole_high = np.where(row.end[first] == length, high, row.end[first] // keys)
+    # A block that is cut off at the end has fewer queries or keys than the kernel computes with.
+    is_cut = (last - first + 1 < queries) | (length % keys > 0) & (whole_high * keys > length)
+    whole = np.where(is_cut, 0, np.maximum(0, whole_high - whole_low))
+    return int((high - low).sum()), int(whole.sum())
+
+
+def _between(rng: np.random.Generator, low: int, high: int) -> int:
+    return int(rng.integers(low, high + 1))

@@ -1,0 +1,138 @@
+"""Makes docs/pods.md: the plan of every row of `configs/pods.py`, one after the other.
+
+Each finished row is written at once to a JSON file beside the table, so a kill loses one row at
+most, and the next run goes on. A row whose settings changed is made again.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import tqdm
+
+from neo_jax.errors import InputError
+from neo_jax.plan import cache
+from neo_jax.plan.report import LEAST_SPARE
+from neo_jax.plan.result import GIB, NOTICE, Plan, from_json
+from neo_jax.plan.topology import find_topology
+
+PACKING = {"pt": "caption", "mt": "mixed", "sft": "sft"}  # the data that stands for a stage
+_HEAD = """# Pods
+
+What each stage and size needs on each pod, from the program that the TPU compiler makes of the real
+train step (`python -m neo_jax.plan`). {notice}
+MFU counts the products that the model needs, with the keys that packed tokens see. Synthetic rows
+stand for the data: {packing}. Made with {versions}.
+
+`python train.py configs/CONFIG.py --pod POD ...` takes a row's settings. The table is made by
+`python -m neo_jax.plan --pods docs/pods.md`, one row of it by
+`python -m neo_jax.plan configs/CONFIG.py --pod POD --packing MIX`.
+"""
+_COLUMNS = (
+    "config", "pod", "mesh", "rows x length", "micro", "remat", "GiB of limit", "spare", "MFU",
+    "without network", "tokens/s/chip", "step s", "bound by", "all-reduced GB",
+)  # fmt: skip
+
+
+def write_table(path: str, only: str = "", anew: bool = False) -> int:
+    """Makes the rows that are missing and writes the table.
+
+    Args:
+      path: of the Markdown file; the rows lie beside it, in a JSON file of the same name.
+      only: rows whose "config pod" has this in it.
+      anew: those that are there already, too.
+
+    Returns:
+      0, or 1 when a row does not fit or has less than LEAST_SPARE of its memory to spare.
+    """
+    from configs.pods import PODS
+
+    kept = Path(path).with_suffix(".json")
+    rows = json.loads(kept.read_text()) if kept.exists() else {}
+    rows = {name: row for name, row in rows.items() if tuple(name.split()) in PODS}
+    wanted = [
+        (config, pod)
+        for (config, pod), settings in PODS.items()
+        if only in f"{config} {pod}"
+        and (anew or rows.get(f"{config} {pod}", {}).get("settings") != list(settings))
+    ]
+    if only and not any(only in f"{config} {pod}" for config, pod in PODS):
+        raise InputError(f"--only {only}: no such row in configs/pods.py")
+    if wanted:
+        find_topology(wanted[0][1])  # whether there is a compiler at all
+        print(f"{len(wanted)} of {len(PODS)} rows, minutes each", file=sys.stderr)
+    for config, pod in tqdm.tqdm(wanted, unit="row"):
+        rows[f"{config} {pod}"] = {
+            "settings": list(PODS[config, pod]),
+            "sources": cache.sources(),
+            **_row(config, pod, anew),
+        }
+        _replace(kept, json.dumps(dict(sorted(rows.items())), indent=1) + "\n")
+    _replace(
+        Path(path), markdown({name: rows[name] for name in map(" ".join, PODS) if name in rows})
+    )
+    return 1 if any(_is_bad(row) for row in rows.values()) else 0
+
+
+def markdown(rows: dict[str, dict]) -> str:
+    packing = ", ".join(f"{mix} for {stage.upper()}" for stage, mix in PACKING.items())
+    versions = ", ".join(f"{name} {version}" for name, version in cache.versions().items())
+    lines = [_HEAD.format(notice=NOTICE, packing=packing, versions=versions)]
+    lines.append(f"| {' | '.join(_COLUMNS)} |\n|{'---|' * len(_COLUMNS)}")
+    for name, row in rows.items():
+        lines.append(f"| {' | '.join(_cells(name, row))} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cells(name: str, row: dict) -> list[str]:
+    lead = name.split()
+    if "plan" not in row:
+        return [*lead, *[""] * 4, f"failed: {row['error']}", *[""] * 7]
+    plan: Plan = from_json(row["plan"])
+    chosen, memory = plan.settings, plan.memory
+    lead += [plan.mesh, f"{chosen['rows']} x {chosen['length']}", str(chosen["micro_batches"])]
+    lead += [chosen["remat"]]
+    if plan.problem:
+        return [*lead, f"does not fit: {plan.problem}", *[""] * 7]
+    scale = 2 if plan.chip == "v7x" else 1
+    return [
+        *lead,
+        f"{memory.total / GIB:.1f} of {memory.limit / GIB:.1f}",
+        f"{memory.spare:.0%}",
+        f"{plan.mfu:.1%}",
+        f"{plan.mfu_compute:.1%}",
+        f"{scale * plan.tokens_per_second:,.0f}",
+        f"{plan.times.step:.2f}",
+        plan.times.bound_by,
+        f"{plan.all_reduced / 1e9:.3f}",
+    ]
+
+
+def _is_bad(row: dict) -> bool:
+    if "plan" not in row or row["plan"]["problem"] or row["plan"]["warnings"]:
+        return True
+    return row["plan"]["memory"]["spare"] < LEAST_SPARE
+
+
+def _row(config: str, pod: str, anew: bool) -> dict:
+    """Made by another process, so that its end is only the end of a row."""
+    packing = PACKING[config.rsplit("_", 1)[1]]
+    command = [sys.executable, "-m", "neo_jax.plan", f"configs/{config}.py", "--pod", pod]
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "plan.json"
+        command += ["--packing", packing, "--json", str(path), *["--no-cache"] * anew]
+        ended = subprocess.run(command, capture_output=True, text=True)
+        text = path.read_text() if path.exists() else ""
+    if ended.returncode == 130 or ended.returncode < 0:
+        raise KeyboardInterrupt
+    if not text:
+        return {"error": ended.stderr.strip().split("\n")[-1][:200]}
+    return {"plan": json.loads(text)[0]}
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(text)
+    partial.rename(path)

@@ -1,0 +1,186 @@
+"""Programs of this package compiled for a slice: memory, compiler's warnings, the final text."""
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from neo_jax.batch import RANK
+from neo_jax.config import PATCH_CHANNELS, ModelConfig
+from neo_jax.errors import InputError
+from neo_jax.model import lora
+from neo_jax.model.neo import abstract_params
+from neo_jax.plan.topology import standard_error
+from neo_jax.sharding import batch_rows, spec
+from neo_jax.train import rules
+from neo_jax.train.config import Config
+from neo_jax.train.loop import _adapted
+from neo_jax.train.step import make_step, new_state
+
+_REMATERIALIZED = "Involuntary full rematerialization"
+# "... exceeds available HBM (15.75G)", "Used 20.94G of 15.75G hbm": as compilers have said it.
+_SIZE = r"([\d.]+)\s*([KMGT])i?B?"
+_NO_ROOM = ("CompileTimeHbmOom", "exceeds available", "RESOURCE_EXHAUSTED", "Ran out of memory")
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one device. What a program gives back in the place of an argument is `alias`."""
+
+    arguments: int
+    outputs: int
+    alias: int
+    temporaries: int
+
+    @property
+    def total(self) -> int:
+        return self.arguments + self.outputs - self.alias + self.temporaries
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    memory: Memory | None  # None: it does not fit, and `problem` says so
+    text: str  # of the final program; "" if there is none, or it cannot be printed
+    seconds: float  # that lowering and compiling took
+    rematerialized: tuple[str, ...]  # arrays that the compiler gathers whole against our will
+    problem: str = ""  # why there is no program
+
+
+def compiled(lower: Callable[[], jax.stages.Lowered], options: dict[str, str]) -> Compiled:
+    """Lowers and compiles for the devices that the arguments' shardings name.
+
+    Raises:
+      InputError: when the compiler refuses an option.
+    """
+    begin = time.perf_counter()
+    with standard_error() as said:
+        try:
+            program, problem = lower().compile(compiler_options=options or None), ""
+        except InputError:
+            raise
+        except Exception as error:  # whatever the compiler raises; out of memory is one of them
+            program, problem = None, _reason(str(error))
+            if isinstance(error, jax.errors.JaxRuntimeError) and not problem:
+                raise InputError(f"the TPU compiler: {str(error).strip()[:400]}") from error
+            if not problem:
+                raise
+    warnings = tuple(
+        line.split(_REMATERIALIZED)[1].strip(" .:") for line in said if _REMATERIALIZED in line
+    )
+    seconds = time.perf_counter() - begin
+    if program is None:
+        return Compiled(None, "", seconds, warnings, problem)
+    sizes = program.memory_analysis()
+    memory = Memory(
+        sizes.argument_size_in_bytes,
+        sizes.output_size_in_bytes,
+        sizes.alias_size_in_bytes,
+        sizes.temp_size_in_bytes,
+    )
+    try:
+        text = program.as_text()
+    except jax.errors.JaxRuntimeError:  # the compiler has things that it cannot print
+        text = ""
+    return Compiled(memory, text, seconds, warnings)
+
+
+def _reason(error: str) -> str:
+    """What a compiler's error says of memory; "" if it is about something else."""
+    if not any(words in error for words in _NO_ROOM):
+        return ""
+    for words in (
+        rf"[^.\n]*\({_SIZE}\) exceeds available[^.\n]*\({_SIZE}\)",
+        rf"Used {_SIZE} of {_SIZE}",
+    ):
+        if found := re.search(words, error):
+            said = re.sub(r"\s+", " ", found[0]).strip()
+            return said.removeprefix("RESOURCE_EXHAUSTED: ").split("HBM, ", 1)[-1]
+    return re.sub(r"\s+", " ", error)[:300]
+
+
+def place(tree, mesh: Mesh):
+    """Shapes traced under a mesh as arguments on its devices."""
+
+    def one(leaf):
+        partition = leaf.sharding.spec if leaf.sharding is not None else P()
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, partition))
+
+    return jax.tree.map(one, tree)
+
+
+def device_bytes(tree) -> int:
+    """Of the part of abstract arrays that one device holds."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def training_arguments(c: Config, model: ModelConfig, mesh: Mesh) -> tuple[dict, dict]:
+    """State and batch of the train step, abstract. Call it under the mesh.
+
+    Raises:
+      InputError: when the mesh does not divide the parameters or the rows.
+    """
+    rows, parts = c.data.rows, c.micro_batches * batch_rows(mesh)
+    if rows % parts:
+        raise InputError(
+            f"{rows} rows: use a multiple of {parts}, {c.micro_batches} micro-batches times "
+            f"{batch_rows(mesh)} over which the mesh {dict(mesh.shape)} splits rows"
+        )
+    params = abstract_params(model, mesh)
+    paths = rules.matching(params, c.lora.targets if c.lora.rank else c.trained)
+
+    def first(params):
+        if c.lora.rank:
+            trained = lora.new_factors(params, paths, c.lora.rank, jax.random.key(0))
+            frozen = params
+        else:
+            trained, frozen = rules.split(params, paths)
+        frozen = jax.tree.map(lambda leaf: leaf.astype(model.dtype), frozen)
+        return new_state(c.optim, c.steps, trained, frozen)
+
+    state = place(jax.eval_shape(first, params), mesh)
+    return state, training_batch(c, mesh)
+
+
+def training_batch(c: Config, mesh: Mesh) -> dict:
+    """[M, rows, ...] of every key of `batch.py`, abstract."""
+    length, patches = c.data.length, c.data.num_patches or 4 * c.data.length
+    integers, rows = jnp.int32, c.data.rows // c.micro_batches
+    shapes = {
+        "tokens": ((length,), integers),
+        "segments": ((length,), integers),
+        "thw": ((length, 3), integers),
+        "is_image": ((length,), jnp.bool_),
+        "patches": ((patches, PATCH_CHANNELS), jnp.uint8),
+        "patch_hw": ((patches, 2), integers),
+        "targets": ((length,), integers),
+        "weights": ((length,), jnp.float32),
+    }
+
+    def one(name):
+        shape, dtype = shapes[name]
+        partition = spec(None, "batch", *[None] * (RANK[name] - 1))
+        return jax.ShapeDtypeStruct(
+            (c.micro_batches, rows, *shape), dtype, sharding=NamedSharding(mesh, partition)
+        )
+
+    return {name: one(name) for name in RANK}
+
+
+def lower_training(c: Config, model: ModelConfig, mesh: Mesh) -> jax.stages.Lowered:
+    """The train step of a run with this config."""
+    with jax.set_mesh(mesh):
+        state, batch = training_arguments(c, model, mesh)
+        join = rules.merge
+        if c.lora.rank:
+            join = lambda factors, params: _adapted(factors, params, c.lora.scale)  # noqa: E731
+        step = make_step(model, c.optim, c.steps, c.remat, join, c.attention)
+        return step.lower(state, batch)

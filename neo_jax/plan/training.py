@@ -1,0 +1,206 @@
+"""Plans the train step: the real one, with abstract arrays, compiled for a slice."""
+
+import dataclasses
+import math
+from types import ModuleType
+
+import jax
+from jax.sharding import Mesh
+
+from neo_jax.config import ModelConfig
+from neo_jax.errors import InputError
+from neo_jax.plan import cache, costs
+from neo_jax.plan.attention import attention
+from neo_jax.plan.packing import packed
+from neo_jax.plan.program import (
+    Compiled,
+    compiled,
+    device_bytes,
+    lower_training,
+    training_arguments,
+)
+from neo_jax.plan.result import GIB, MemoryUse, Plan
+from neo_jax.plan.topology import Topology, find_topology
+from neo_jax.sharding import describe
+from neo_jax.train.config import Config
+from neo_jax.weights.checkpoint import find_checkpoint
+from neo_jax.weights.published import open_published
+
+SAMPLED_ROWS = 64
+UNREADABLE = "the compiler cannot print this program: memory is known, times are not"
+# Settings that change nothing in the program.
+_NOT_IN_PROGRAM = ("workdir", "start", "tokenizer", "data", "held_out", "log_every", "eval_every",
+                   "eval_batches", "save_every", "keep", "keep_every", "profile", "seed",
+                   "init_scale", "mesh")  # fmt: skip
+
+
+def plan_training(
+    config: Config,
+    topology: str,
+    *,
+    model: ModelConfig | None = None,
+    packing: str = "sft",
+    name: str = "",
+    options: dict[str, str] | None = None,
+    with_flags: bool = True,
+    use_cache: bool = True,
+) -> Plan:
+    """Compiles the train step of a config for a slice and reads what it needs.
+
+    Args:
+      config: its mesh, rows, length, micro_batches and remat are those of the plan.
+      topology: such as "v5e:16x16" or "v5e-256".
+      model: of a config that starts from a checkpoint; default: `config.model`.
+      packing: the kind of data, one of `packing.MIXES`.
+      options: of the compiler.
+      with_flags: also those of `chips.py`, with which runs should be started.
+
+    Raises:
+      InputError: when the compiler is missing, does not know the slice or an option, or mesh, rows
+        and model do not divide. That the program does not fit is a plan with a `problem`.
+    """
+    model = model or config.model
+    if model is None:
+        raise InputError("the config names no model: give start=DIRECTORY, a checkpoint")
+    model = dataclasses.replace(model, dtype=config.dtype)
+    slice_ = find_topology(topology)
+    mesh = slice_.mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        state, batch = training_arguments(config, model, mesh)
+    rows = packed(packing, config.data.length, SAMPLED_ROWS)
+    all_options = slice_.chip.options(with_flags) | (options or {})
+    request = _request(config, model, slice_, mesh, all_options)
+    key = cache.key(request)
+    program = cache.load(key) if use_cache else None
+    is_cached = program is not None
+    if program is None:
+        program = compiled(lambda: lower_training(config, model, mesh), all_options)
+        cache.store(key, program, request)
+    plan = Plan(
+        name=name,
+        program="train",
+        topology=slice_.name,
+        chip=slice_.chip.name,
+        devices=mesh.size,
+        mesh=describe(mesh),
+        settings={
+            "rows": config.data.rows,
+            "length": config.data.length,
+            "micro_batches": config.micro_batches,
+            "remat": config.remat,
+            "packing": packing,
+            "compiler": _spelled(all_options),
+        },
+        memory=_memory(program, state, batch, slice_),
+        compile_seconds=program.seconds,
+        is_cached=is_cached,
+    )
+    if program.problem:
+        return dataclasses.replace(plan, problem=program.problem, advice=_advice(config))
+    if not program.text:
+        return dataclasses.replace(plan, warnings=(UNREADABLE,))
+    return _with_costs(plan, program, config, model, mesh, slice_, rows)
+
+
+def _with_costs(plan: Plan, program: Compiled, config, model, mesh: Mesh, slice_, rows) -> Plan:
+    length, chip = config.data.length, slice_.chip
+    per_device = config.data.rows / mesh.size  # rows; a part of one where devices share it
+    tensor = tensor_size(mesh)
+    counted = attention(chip, model, rows, per_device * tensor / config.micro_batches, tensor)
+    totals = costs.read(program.text, slice_, mesh, counted.seconds)
+    trained = () if config.lora.rank else config.trained
+    times = costs.times(totals, chip)
+    flops = costs.model_flops(model, trained, rows) / len(rows) * per_device
+    tokens = sum(row.tokens for row in rows) / len(rows)
+    keys = sum(row.keys for row in rows) / sum(row.tokens for row in rows)
+    ideal = flops / chip.flops
+    return dataclasses.replace(
+        plan,
+        tokens=tokens * per_device,
+        model_flops=flops,
+        executed_flops=totals.flops,
+        hbm_bytes=totals.hbm_bytes,
+        times=times,
+        mfu=ideal / times.step,
+        mfu_compute=ideal / times.compute,
+        traffic=costs.traffic(totals),
+        all_reduced=sum(costs.all_reduced(totals).values()),
+        largest_all_gather=costs.largest_all_gather(totals),
+        operations=costs.longest(totals, chip),
+        notes={
+            "tokens per device with padding": length * per_device,
+            "fill of rows": tokens / length,
+            "keys that a token sees": keys,
+            "attention, fullest row / mean": counted.imbalance,
+            "kernel calls": totals.kernel_calls,
+            "all-reduced, MB": {
+                array: size / 1e6 for array, size in list(costs.all_reduced(totals).items())[:4]
+            },
+            "loops counted once": sorted(set(totals.unknown_loops)),
+            "kernels not counted": sorted(set(totals.unknown_kernels)),
+        },
+        warnings=tuple(f"gathered whole: {what}" for what in program.rematerialized),
+    )
+
+
+def model_of(config: Config, module: ModuleType) -> ModelConfig:
+    """The model of a run: of the config, of the checkpoint that it starts from, or of its file.
+
+    Raises:
+      InputError: when none of them names one.
+    """
+    if config.model:
+        return config.model
+    if config.start:
+        checkpoint = find_checkpoint(config.start)
+        if checkpoint:
+            return checkpoint.config
+        return open_published(config.start)[0]
+    if not hasattr(module, "MODEL"):
+        raise InputError("the config names no model: give start=DIRECTORY, a checkpoint")
+    return module.MODEL
+
+
+def _spelled(options: dict[str, str]) -> str:
+    return " ".join(f"{name}={value}" for name, value in options.items()) or "as it is"
+
+
+def tensor_size(mesh: Mesh) -> int:
+    """Over how many devices heads are split."""
+    return math.prod(mesh.shape[axis] for axis in costs.axis_names("heads"))
+
+
+def _request(c: Config, model, slice_: Topology, mesh: Mesh, options) -> dict:
+    settings = dataclasses.asdict(c)
+    return {
+        "program": "train",
+        "settings": {name: settings[name] for name in settings if name not in _NOT_IN_PROGRAM},
+        "model": dataclasses.asdict(model),
+        "shape": (c.data.rows, c.data.length, c.data.num_patches),
+        "topology": slice_.name,
+        "mesh": dict(mesh.shape),
+        "options": options,
+    }
+
+
+def _memory(program: Compiled, state: dict, batch: dict, slice_: Topology) -> MemoryUse:
+    kinds = {
+        "parameters": device_bytes(state["trained"]) + device_bytes(state["frozen"]),
+        "optimizer": device_bytes(state["opt"]) + device_bytes(state.get("ema", {})),
+        "batch": device_bytes(batch),
+    }
+    limit = int(slice_.chip.usable_gib * GIB)
+    if program.memory is None:
+        return MemoryUse(kinds, 0, limit)
+    known, sizes = sum(kinds.values()), program.memory
+    kinds["arguments: padding, unused"] = sizes.arguments - known
+    kinds["results"] = sizes.outputs - sizes.alias
+    kinds["temporaries, activations"] = sizes.temporaries
+    return MemoryUse(kinds, sizes.total, limit)
+
+
+def _advice(c: Config) -> str:
+    more = [] if c.remat == "full" else ["remat=full"]
+    if c.data.rows > c.micro_batches:
+        more.append("more micro_batches")
+    return " or ".join([*more, "a larger fsdp or tensor size of the mesh", "fewer or shorter rows"])

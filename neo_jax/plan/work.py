@@ -1,0 +1,198 @@
+"""What an instruction of a compiled program does: products, bytes of HBM, the kind of work."""
+
+import math
+import re
+
+import numpy as np
+
+from neo_jax.plan.collectives import everything
+from neo_jax.plan.hlo import Array, Computation, Instruction, Module
+from neo_jax.plan.kernels import read_bytes
+
+# Instructions that only name values, or say how they are laid out.
+FREE = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "after-all",
+    "partition-id",
+}
+_MOVES = {
+    "copy",
+    "transpose",
+    "slice",
+    "dynamic-slice",
+    "dynamic-update-slice",
+    "pad",
+    "concatenate",
+}
+_MOVES |= {"broadcast", "reshape", "iota", "reverse", "gather", "scatter", "convert", "select"}
+_MOVES |= {"compare", "clamp", "and"} | FREE
+_SLICES = {"slice", "dynamic-slice", "gather"}
+
+# Where in the model an instruction comes from, by what its op_name has in it; the first that fits.
+PARTS = {
+    "loss": ("(loss)", "/loss/"),
+    "patch embedding": ("patch_embed",),
+    "attention: norms, rotation": ("norm_rope",),
+    "attention: projections": ("attention/qkv", "attention/out"),
+    "attention": ("/attention/",),
+    "mlp": ("/mlp/",),
+    "layers, rest": ("/while/body/",),
+}
+REST = "embedding, optimizer, rest"
+
+
+def part(op_name: str) -> str:
+    found = [name for name, words in PARTS.items() if any(word in op_name for word in words)]
+    return found[0] if found else REST
+
+
+def phase(op_name: str) -> str:
+    if "rematted_computation" in op_name:
+        return "recomputed"
+    if "transpose(" in op_name:
+        return "backward"
+    return "forward" if "jvp(" in op_name else "update"
+
+
+def branches(one: Instruction) -> list[str]:
+    """The computations of a conditional."""
+    listed = re.search(r"branch_computations=\{([^}]*)\}", one.attributes)
+    if listed:
+        return re.findall(r"%?([\w.\-]+)", listed[1])
+    return [one.called(f"{which}_computation") for which in ("true", "false")]
+
+
+def kind(module: Module, one: Instruction) -> str:
+    """matmul, copy (nothing is computed), or elementwise and reductions."""
+    ops = {one.op}
+    if one.op == "fusion":
+        ops = {inner.op for inner in everything(module, module[one.called()])} - {"fusion"}
+    if ops & {"convolution", "dot"}:
+        return "matmul"
+    return "copy" if ops <= _MOVES else "elementwise, reductions"
+
+
+def products(module: Module, where: Computation, one: Instruction) -> float:
+    """Floating point operations of the matrix products in an instruction, 2 per multiply-add."""
+    if one.op == "fusion":
+        inner = module[one.called()]
+        return sum(products(module, inner, each) for each in inner.instructions)
+    if one.op == "dot":
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.attributes)[1]
+        left = where.operand(one, 0).arrays[0].shape
+        summed = math.prod(left[int(axis)] for axis in contracted.split(",") if axis)
+        return 2.0 * math.prod(one.arrays[0].shape) * summed
+    if one.op != "convolution":
+        return 0.0
+    return _convolution(where, one)
+
+
+def _convolution(where: Computation, one: Instruction) -> float:
+    """TPU programs write every product as a convolution, with heads and batch as its windows."""
+    left, right = (where.operand(one, i).arrays[0].shape for i in range(2))
+    result = one.arrays[0].shape
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.attributes)
+    lhs, rhs, out = labels[1], labels[2], labels[3]
+    flops = 2.0 * result[out.index("b")] * result[out.index("f")] * right[rhs.index("i")]
+    window = re.search(r"window=\{([^}]*)\}", one.attributes)
+    settings = dict(part.split("=") for part in window[1].split()) if window else {}
+    spatial = sum(letter.isdigit() for letter in lhs)
+
+    def setting(name: str, axis: int, default: str) -> str:
+        return settings[name].split("x")[axis] if name in settings else default
+
+    for axis in range(spatial):
+        letter = str(axis)
+        low = int(setting("pad", axis, "0_0").split("_")[0])
+        stride, spread, apart = (
+            int(setting(name, axis, "1")) for name in ("stride", "lhs_dilate", "rhs_dilate")
+        )
+        place = (
+            np.arange(result[out.index(letter)])[:, None] * stride
+            - low
+            + np.arange(right[rhs.index(letter)])[None, :] * apart
+        )
+        extent = (left[lhs.index(letter)] - 1) * spread + 1
+        flops *= np.count_nonzero((place >= 0) & (place < extent) & (place % spread == 0))
+    return flops
+
+
+def traffic(module: Module, where: Computation, one: Instruction) -> int:
+    """Bytes of HBM that an instruction reads and writes, as far as types and slices say."""
+    if one.op in FREE or one.op in ("while", "conditional", "call") or one.op.endswith("-done"):
+        return 0
+    operands = [where.by_name[name] for name in one.operands if name in where.by_name]
+    if one.op == "copy-start":
+        return sum(_in_hbm(array) for array in one.arrays[:2])
+    if one.op == "slice-start":
+        moved, source = one.arrays[-2], operands[0].arrays[0]
+        return _in_hbm(moved) + (0 if source.is_in_vmem else moved.bytes)
+    if one.op.endswith("-start"):
+        return 0
+    if one.op == "fusion":
+        return _fusion_traffic(module, one, operands)
+    if one.op == "dynamic-update-slice":
+        return _in_hbm(operands[1].arrays[0]) + (
+            0 if one.arrays[0].is_in_vmem else operands[1].arrays[0].bytes
+        )
+    if one.op == "custom-call":
+        return read_bytes(one, operands) + sum(_in_hbm(array) for array in one.arrays)
+    reads = operands[:0] if one.op in _SLICES else operands
+    total = sum(_in_hbm(array) for each in reads for array in each.arrays)
+    if one.op in _SLICES and not operands[0].arrays[0].is_in_vmem:
+        total += one.arrays[0].bytes
+    return total + sum(_in_hbm(array) for array in one.arrays)
+
+
+def _in_hbm(array: Array) -> int:
+    return 0 if array.is_in_vmem else array.bytes
+
+
+def _fusion_traffic(module: Module, one: Instruction, operands: list[Instruction]) -> int:
+    inner = module[one.called()]
+    parameters = {each.operands[0]: each for each in inner.instructions if each.op == "parameter"}
+    total = 0
+    for number, operand in enumerate(operands):
+        size = sum(_in_hbm(array) for array in operand.arrays)
+        if size and (parameter := parameters.get(str(number))):
+            total += min(size, _read(module, inner, parameter, size))
+    root = inner.root
+    results = [inner.operand(root, i) for i in range(len(root.operands))]
+    for array, made in zip(one.arrays, results if root.op == "tuple" else [root], strict=False):
+        while made.op == "bitcast":
+            made = inner.operand(made, 0)
+        if made.op == "dynamic-update-slice":  # in place
+            total += 0 if array.is_in_vmem else inner.operand(made, 1).arrays[0].bytes
+        else:
+            total += _in_hbm(array)
+    return total
+
+
+def _read(module: Module, inner: Computation, value: Instruction, size: int) -> int:
+    """Bytes that a fused computation reads of one of its values."""
+    total = 0
+    for user in inner.instructions:
+        if value.name not in user.operands:
+            continue
+        if user.op in _SLICES:
+            total += user.arrays[0].bytes
+        elif user.op == "dynamic-update-slice" and user.operands[0] == value.name:
+            continue
+        elif user.op == "bitcast":
+            total += _read(module, inner, user, size)
+        elif user.op == "fusion":
+            nested = module[user.called()]
+            number = str(user.operands.index(value.name))
+            parameter = next(
+                each
+                for each in nested.instructions
+                if each.op == "parameter" and each.operands[0] == number
+            )
+            total += _read(module, nested, parameter, size)
+        else:
+            return size
+    return total
