@@ -168,8 +168,8 @@ def compile_kernels(chip: str, group: int) -> None:
         sharding = NamedSharding(mesh, spec("batch", *[None] * (len(shape) - 1)))
         return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding)
 
-    def normed(x, scale, cos, sin):
-        y = norm_rope(x, scale, cos, sin, (QK_WIDTH // 4, QK_WIDTH // 8, QK_WIDTH // 8), 1e-6)
+    def normed(t, hw, scale, cos, sin):
+        y = norm_rope(t, hw, scale, cos, sin, (QK_WIDTH // 4, QK_WIDTH // 8, QK_WIDTH // 8), 1e-6)
         return jnp.sum(y.astype(jnp.float32))
 
     widths = ((group * GROUPS, QK_WIDTH), (GROUPS, QK_WIDTH), (GROUPS, V_WIDTH))
@@ -182,9 +182,9 @@ def compile_kernels(chip: str, group: int) -> None:
             gradient.lower(*arrays).compile(compiler_options=options)
         angles = array((LENGTHS[0], QK_WIDTH // 2), jnp.float32)
         scale = jax.ShapeDtypeStruct((QK_WIDTH,), jnp.float32, sharding=NamedSharding(mesh, P()))
-        heads = array((LENGTHS[0], 16, QK_WIDTH))
-        gradient = jax.jit(jax.value_and_grad(normed, (0, 1)))
-        gradient.lower(heads, scale, angles, angles).compile(compiler_options=options)
+        part = array((LENGTHS[0], 16, QK_WIDTH // 2))
+        gradient = jax.jit(jax.value_and_grad(normed, (0, 1, 2)))
+        gradient.lower(part, part, scale, angles, angles).compile(compiler_options=options)
 
 
 def main(argv: list[str] | None = None) -> int:

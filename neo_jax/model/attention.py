@@ -62,12 +62,13 @@ class Attention(nnx.Module):
     def heads(self, x_btd: jax.Array, rotary: Rotary) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Normed and rotated queries [B, T, N, J] and keys [B, T, K, J]; values [B, T, K, H]."""
         with jax.named_scope("qkv"):
-            q_btnj = _project(x_btd, self.q_t_dnh, self.q_hw_dnh)
-            k_btkj = _project(x_btd, self.k_t_dkh, self.k_hw_dkh)
-            v_btkh = _project(x_btd, self.v_dkh)
+            q = _project(x_btd, self.q_t_dnh, self.q_hw_dnh)
+            k = _project(x_btd, self.k_t_dkh, self.k_hw_dkh)
+            (v_btkh,) = _project(x_btd, self.v_dkh)
         with jax.named_scope("norm_rope"):
-            q_btnj = self._norm_and_rotate(q_btnj, self._scale("q"), rotary)
-            k_btkj = self._norm_and_rotate(k_btkj, self._scale("k"), rotary)
+            shared = *rotary, _groups(self.cfg), self.cfg.rms_norm_eps
+            q_btnj = norm_rope(*q, self._scale("q"), *shared)
+            k_btkj = norm_rope(*k, self._scale("k"), *shared)
         return q_btnj, k_btkj, v_btkh
 
     def _scale(self, which: str) -> jax.Array:
@@ -83,9 +84,6 @@ class Attention(nnx.Module):
         t = getattr(self, which + "_norm_t")[...]
         scale_j = join_halves(t, hw).astype(jnp.float32)
         return scale_j * (self.cfg.head_dim**-0.5 / SCALE) if which == "q" else scale_j
-
-    def _norm_and_rotate(self, x: jax.Array, scale_j: jax.Array, rotary: Rotary) -> jax.Array:
-        return norm_rope(x, scale_j, *rotary, _groups(self.cfg), self.cfg.rms_norm_eps)
 
 
 def _joined(weight: Any, first: int) -> Any:
@@ -109,25 +107,22 @@ def join_halves(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.concatenate([a1, b1, a2, b2], axis=-1)
 
 
-def _project(x_btd: jax.Array, *parts: nnx.Param) -> jax.Array:
-    """Heads from one weight, or from two: [T1 H1 W1 | T2 H2 W2].
-
-    Joins whichever is smaller: the weights for a long sequence, the heads in decoding.
-    """
+def _project(x_btd: jax.Array, *weights: nnx.Param) -> list[jax.Array]:
+    """Heads [B, T, N, width] of each weight."""
     b, t, d = x_btd.shape
-    if b * t > d:
-        weights = [layers.whole(part, x_btd.dtype) for part in parts]
-        weight = weights[0] if len(weights) == 1 else jax.tree.map(join_halves, *weights)
-        heads, width = weight.shape[1:]
-        y_bti = layers.einsum("btd,di->bti", x_btd, _joined(weight, 1))
+    if b * t <= d:
+        products = [layers.einsum("btd,dnh->btnh", x_btd, weight) for weight in weights]
+        # Else the CPU compiler computes products anew for each half of a head.
+        return jax.lax.optimization_barrier(products)
+    found = []
+    for weight in weights:
+        weight_dnh = layers.whole(weight, x_btd.dtype)
+        y_bti = layers.einsum("btd,di->bti", x_btd, _joined(weight_dnh, 1))
         y_bti = checkpoint_name(y_bti, "projected")
-        batch, time, axis = jax.typeof(y_bti).sharding.spec
-        return y_bti.reshape(b, t, heads, width, out_sharding=P(batch, time, axis, None))
-    products = [layers.einsum("btd,dnh->btnh", x_btd, part) for part in parts]
-    if len(products) == 1:
-        return products[0]
-    # Else the CPU compiler computes products anew for each of the halves' elements.
-    return join_halves(*jax.lax.optimization_barrier(products))
+        batch, time, heads = jax.typeof(y_bti).sharding.spec
+        shape = (b, t, *weight_dnh.shape[1:])
+        found.append(y_bti.reshape(shape, out_sharding=P(batch, time, heads, None)))
+    return found
 
 
 def _groups(c: ModelConfig) -> tuple[int, ...]:

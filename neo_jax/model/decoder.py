@@ -31,6 +31,7 @@ REMAT_POLICIES = {
     "projections": _keep("attended", "log_sum", "projected"),
     "mlp": _keep("attended", "log_sum", "gate", "up"),
     "gate": _keep("attended", "log_sum", "gate"),
+    "products": _keep("attended", "log_sum", "projected", "gate", "up"),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 

@@ -96,10 +96,11 @@ class Attention:
         cycles = streamed().get(name, {}).get(self.chip.name)
         if cycles is None:
             return None
-        largest = max(one.arrays, key=lambda array: array.bytes)
-        blocks = math.prod(largest.shape) / BLOCK
+        heads = [array for array in one.arrays if len(array.shape) == 3]
+        blocks = sum(math.prod(array.shape) for array in heads) / BLOCK
         # One after the other, on one core; or as fast as memory gives and takes them.
-        moved = STREAMED[name] * largest.bytes / self.chip.hbm_bandwidth
+        result_bytes = sum(array.bytes for array in heads)
+        moved = STREAMED[name] * result_bytes / self.chip.hbm_bandwidth
         return max(blocks * cycles / self.chip.clock, moved)
 
     @functools.cached_property

@@ -19,8 +19,9 @@ PRODUCTS = {
     f"{pallas_backward.NAME}_keys": (2, 2),
 }
 
-# Kernels that do the same with every block: its numbers, and how many arrays are read and written.
-BLOCK = norm_rope.ROWS * norm_rope.MOST_LANES
+# Kernels that do the same with every block of their results: its numbers, and how many times those
+# are moved, counting what is read.
+BLOCK = norm_rope.ROWS * norm_rope.MOST_HEADS * 2 * norm_rope.LANES
 STREAMED = {f"{norm_rope.NAME}_forward": 2, f"{norm_rope.NAME}_backward": 3}
 
 # Kernels that read one layer of stacks of caches, as fast as memory gives it.
