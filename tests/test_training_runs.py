@@ -111,7 +111,8 @@ def test_a_killed_run_loses_nothing(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    subprocess.run([*line, f"workdir={whole}"], check=True, **quiet)
+    subprocess.run([*line, f"workdir={whole}", "profile=1,1"], check=True, **quiet)
+    assert list((whole / "profile").rglob("*.xplane.pb"))
     rng, kills = np.random.default_rng(0), 0
     for _ in range(60):
         process = subprocess.Popen([*line, f"workdir={broken}"], **quiet)
@@ -141,12 +142,11 @@ def test_records_that_cannot_be_used_are_left_out_counted_and_named(tmp_path):
     data = dataclasses.replace(CONFIG.data, mixture=str(tmp_path / "data.jsonl"), max_bad_share=0.5)
     held_out = str(CASE / "data.jsonl")
     config = dataclasses.replace(CONFIG, data=data, workdir=str(tmp_path / "run"), steps=3)
-    config = dataclasses.replace(config, held_out=held_out, eval_batches=2, profile=(1, 1))
+    config = dataclasses.replace(config, held_out=held_out, eval_batches=2)
     train(config)
     *_, row, last = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
     assert last["step"] == 3
     assert 0 < last["held_out_loss"] < 8
-    assert list((tmp_path / "run/profile").rglob("*.xplane.pb"))
     assert 0.2 < row["records_bad"] / row["records"] < 0.45
     reasons = (tmp_path / "run/bad_records_0.jsonl").read_text()
     assert f"{tmp_path}/data.jsonl:5" in reasons
