@@ -31,7 +31,7 @@ from neo_jax.plan.training import plan_training
 from neo_jax.sharding import make_mesh
 from neo_jax.train import config_file
 from neo_jax.train.config import override
-from tests.conftest import raises
+from conftest import raises
 
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"

@@ -21,7 +21,7 @@ from neo_jax.plan import (
 from neo_jax.plan.chips import CHIPS
 from neo_jax.plan.kernels import BLOCK, PRODUCTS, STREAMED
 from neo_jax.train import rules
-from tests.conftest import raises
+from conftest import raises
 
 
 @pytest.mark.parametrize("mix", [*packing.MIXES, packing.CAUSAL])
