@@ -10,6 +10,7 @@ import subprocess
 import jax
 import jax.numpy as jnp
 import pytest
+from conftest import raises
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -31,7 +32,6 @@ from neo_jax.plan.training import plan_training
 from neo_jax.sharding import make_mesh
 from neo_jax.train import config_file
 from neo_jax.train.config import override
-from conftest import raises
 
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"

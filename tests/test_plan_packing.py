@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import raises
 
 from benchmarks import kernel_cycles
 from configs import models
@@ -21,7 +22,6 @@ from neo_jax.plan import (
 from neo_jax.plan.chips import CHIPS
 from neo_jax.plan.kernels import BLOCK, PRODUCTS, STREAMED
 from neo_jax.train import rules
-from conftest import raises
 
 
 @pytest.mark.parametrize("mix", [*packing.MIXES, packing.CAUSAL])
