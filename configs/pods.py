@@ -4,7 +4,7 @@
 line come after them. A pod's name counts as the cloud does: v5p by cores, two to a chip.
 
 Steps and rows stay those of the stage: 128 rows, on a small pod as micro-batches one after the
-other. Where a row is too long for a chip, `context` splits it; parameters are then split less.
+other. Where a row is too long for a chip, `context` splits it, and parameters with it.
 """
 
 # (config, pod) -> settings, as on the line of train.py

@@ -2,9 +2,10 @@
 
 There is always a mesh; a laptop is a 1x1x1 pod. Nothing outside this file names a mesh axis.
 
-A mesh has sizes (data, fsdp, tensor) and, for long rows in training, a fourth, context. Fsdp is two
-axes, because a pod's network is a torus: a gradient is reduced over one ring after the other. Over
-both at once, the TPU compiler reduces it whole on every device, for twice the traffic.
+A mesh has sizes (data, fsdp, tensor) and, for long rows in training, a fourth, context, over which
+parameters are split as well. Fsdp is two axes, because a pod's network is a torus: a gradient is
+reduced over one ring after the other. Over both at once, the TPU compiler reduces it whole on every
+device, for twice the traffic.
 
 A training step is written for one device (`on_each_device`): there `gather` and `scatter` say what
 moves, and only `tensor` is left to the types of arrays. Everywhere else all axes are in the types.
@@ -25,8 +26,8 @@ from jax.sharding import PartitionSpec as P
 
 from neo_jax.errors import InputError
 
-FSDP = ("fsdp", "fsdp_minor")
-ROWS = ("data", *FSDP)
+ROWS = ("data", "fsdp", "fsdp_minor")
+FSDP = ("fsdp", "fsdp_minor", "context")  # all that parameters are split over and rows may be
 MESH_AXES = (*ROWS, "context", "tensor")
 MESH_SIZES = ("data", "fsdp", "tensor", "context")  # what users give; the last may be left out
 
@@ -39,7 +40,7 @@ AXES = {
     "vocab": "tensor",
 }
 EVEN = 2048  # TPUs reduce rows of odd widths whole; wide ones are made a multiple of this
-_ON_DEVICE = (*ROWS, "context")  # the axes that `on_each_device` takes out of the types
+_ON_DEVICE = ("data", *FSDP)  # the axes that `on_each_device` takes out of the types
 
 
 def stored(*names: str | None) -> P:
@@ -128,7 +129,7 @@ def axis_sizes(shape: Sequence[int]) -> tuple[int, ...]:
 def describe(mesh: Mesh) -> str:
     """Its sizes as users give them."""
     sizes = mesh.shape
-    given = (sizes["data"], math.prod(sizes[axis] for axis in FSDP), sizes["tensor"])
+    given = (sizes["data"], sizes["fsdp"] * sizes["fsdp_minor"], sizes["tensor"])
     return "x".join(map(str, given if sizes["context"] == 1 else (*given, sizes["context"])))
 
 
