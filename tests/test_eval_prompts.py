@@ -25,7 +25,7 @@ def asked():
             yield pytest.param(benchmark, case, wrapper, id=case["dataset"])
 
 
-@pytest.mark.parametrize(("benchmark", "case", "wrapper"), asked())
+@pytest.mark.parametrize(("benchmark", "case", "wrapper"), list(asked()))
 def test_questions_are_worded_as_officially(benchmark, case, wrapper):
     pixels = make_settings(benchmark.group, "official", benchmark.settings)
     assert [pixels.min_pixels, pixels.max_pixels] == case[f"{wrapper}_min_max_pixels"]
@@ -43,7 +43,7 @@ def laid_out():
             yield pytest.param(case, id=case["name"])
 
 
-@pytest.mark.parametrize("case", laid_out())
+@pytest.mark.parametrize("case", list(laid_out()))
 def test_pictures_are_laid_out_as_officially(case):
     parts = [part["value"] if part["type"] == "text" else None for part in case["message"]]
     if case["dataset"] == "MUIRBench_EASI":

@@ -178,4 +178,4 @@ def test_remat_changes_nothing():
         batch = to_device(batch, neo.mesh)
         grad = jax.jit(jax.grad(total), static_argnums=2)
         plain, full = grad(neo.params, batch, "none"), grad(neo.params, batch, "full")
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), plain, full)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=5e-4, atol=1e-3), plain, full)

@@ -75,6 +75,9 @@ def test_gradients_of_weights_are_scattered():
     assert plan.all_reduced < 4 * (768 * 1024 + 100_000)
 
 
+SCALES = "copy-start f32"  # of int8: small enough to be put into fast memory
+
+
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
 def test_decoding_copies_no_cache(kv_dtype):
     plans = plan_serving(
@@ -82,15 +85,17 @@ def test_decoding_copies_no_cache(kv_dtype):
         "v5e:2x2",
         mesh=(2, 1, 2),
         slots=8,
-        max_length=2048,
+        max_length=16384,
         prefill=512,
         kv_dtype=kv_dtype,
         with_flags=False,
         use_cache=False,
     )
-    for plan in plans:
-        assert not plan.problem
-        assert plan.notes["copies as large as a layer's keys"] == 0
+    assert not any(plan.problem for plan in plans)
+    # The compiler takes an int8 cache of this size to fast memory for a prefill; no real one fits.
+    for plan in plans[kv_dtype == "int8" :]:
+        copied = [array for array in plan.notes["they are"] if not array.startswith(SCALES)]
+        assert not copied
     decode = plans[1]
     assert decode.times.kernels > 0
     kinds = decode.memory.kinds

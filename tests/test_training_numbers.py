@@ -24,7 +24,7 @@ from neo_jax.train.optimizer import OptimConfig, learning_rate
 from neo_jax.train.step import loss_and_gradients, make_evaluation, make_step, new_state
 from neo_jax.weights import mapping
 
-MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 1, 8), (1, 2, 2, 2), (2, 1, 1, 4)]
+MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 1, 8), (1, 2, 2, 2)]
 DOCUMENTS = Mixture.parse(str(GOLDEN / "packed_train/data.jsonl"))
 ALL = (".*",)
 
