@@ -145,6 +145,24 @@ def test_bytes_of_memory_are_those_of_slices_and_results():
     assert 3 * layers * size <= totals.hbm_bytes <= (3 * layers + 4) * size
 
 
+@needs_compiler
+def test_what_is_written_in_place_is_counted_by_what_is_new():
+    topology = find_topology("v5e:2x2")
+    mesh = jax.make_mesh((4,), ("x",), devices=topology.devices)
+    stack = _argument((6, 8, 2048, 8192), mesh, P())
+    new, place = _argument((8, 8192), mesh, P()), _argument((8,), mesh, P(), jnp.int32)
+
+    def run(stack, new, place):
+        def write(stack, layer):
+            return stack.at[layer, jnp.arange(8), place].set(new), None
+
+        return jax.lax.scan(write, stack, jnp.arange(6))[0]
+
+    program = compiled(lambda: jax.jit(run, donate_argnums=0).lower(stack, new, place), {})
+    totals = costs.read(program.text, topology, mesh, lambda one, where: None)
+    assert 0 < totals.hbm_bytes < 2 * 2048 * 8192  # not a slot of a layer
+
+
 def test_groups_of_devices_are_read_in_every_spelling():
     spelled = {
         "replica_groups={{0,4,8,12},{1,5,9,13}}": [0, 4, 8, 12],

@@ -30,6 +30,7 @@ _MOVES = {
 }
 _MOVES |= {"broadcast", "reshape", "iota", "reverse", "gather", "scatter", "convert", "select"}
 _MOVES |= {"compare", "clamp", "and"} | FREE
+_IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}  # and which operand is what is new
 _SLICES = {"slice", "dynamic-slice", "gather"}
 
 # Where in the model an instruction comes from, by what its op_name has in it; the first that fits.
@@ -135,10 +136,9 @@ def traffic(module: Module, where: Computation, one: Instruction) -> int:
         return 0
     if one.op == "fusion":
         return _fusion_traffic(module, one, operands)
-    if one.op == "dynamic-update-slice":
-        return _in_hbm(operands[1].arrays[0]) + (
-            0 if one.arrays[0].is_in_vmem else operands[1].arrays[0].bytes
-        )
+    if one.op in _IN_PLACE:
+        new = operands[_IN_PLACE[one.op]].arrays[0]
+        return _in_hbm(new) + (0 if one.arrays[0].is_in_vmem else new.bytes)
     if one.op == "custom-call":
         return read_bytes(one, operands) + sum(_in_hbm(array) for array in one.arrays)
     reads = operands[:0] if one.op in _SLICES else operands
@@ -163,10 +163,16 @@ def _fusion_traffic(module: Module, one: Instruction, operands: list[Instruction
     root = inner.root
     results = [inner.operand(root, i) for i in range(len(root.operands))]
     for array, made in zip(one.arrays, results if root.op == "tuple" else [root], strict=False):
-        while made.op == "bitcast":
-            made = inner.operand(made, 0)
-        if made.op == "dynamic-update-slice":  # in place
-            total += 0 if array.is_in_vmem else inner.operand(made, 1).arrays[0].bytes
+        where = inner
+        while made.op in ("bitcast", "fusion"):
+            if made.op == "fusion":
+                where = module[made.called()]
+                made = where.root
+            else:
+                made = where.operand(made, 0)
+        if made.op in _IN_PLACE:
+            new = where.operand(made, _IN_PLACE[made.op])
+            total += 0 if array.is_in_vmem else new.arrays[0].bytes
         else:
             total += _in_hbm(array)
     return total
@@ -180,7 +186,7 @@ def _read(module: Module, inner: Computation, value: Instruction, size: int) -> 
             continue
         if user.op in _SLICES:
             total += user.arrays[0].bytes
-        elif user.op == "dynamic-update-slice" and user.operands[0] == value.name:
+        elif user.op in _IN_PLACE and user.operands[0] == value.name:
             continue
         elif user.op == "bitcast":
             total += _read(module, inner, user, size)
