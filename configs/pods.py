@@ -12,14 +12,15 @@ PODS: dict[tuple[str, str], tuple[str, ...]] = {}
 
 _ROWS = 128  # of a step, as configs/stages.py
 _HALF = "optim.state_dtype=bfloat16"  # moments, where memory is short
+_KEEP = "remat=products"  # where there is room
 
 # Pod -> data, fsdp, tensor, context; then what else it needs.
 _2B = {
     "v5e-16": ((1, 8, 1, 2),),
     "v5e-64": ((1, 32, 1, 2),),
     "v5e-256": ((1, 128, 1, 2),),
-    "v5p-64": ((1, 32, 1, 1),),
-    "v5p-128": ((1, 64, 1, 1),),
+    "v5p-64": ((1, 32, 1, 1), _KEEP),
+    "v5p-128": ((1, 64, 1, 1), _KEEP),
     "v6e-16": ((1, 16, 1, 1),),
     "v6e-64": ((1, 64, 1, 1),),
     "v6e-256": ((1, 128, 1, 2),),
@@ -28,8 +29,8 @@ _9B = {
     "v5e-16": ((1, 8, 2, 1), "data.length=8192", _HALF),
     "v5e-64": ((1, 32, 1, 2), _HALF),
     "v5e-256": ((1, 128, 1, 2),),
-    "v5p-64": ((1, 32, 1, 1),),
-    "v5p-128": ((1, 64, 1, 1),),
+    "v5p-64": ((1, 32, 1, 1), _KEEP),
+    "v5p-128": ((1, 64, 1, 1), _KEEP),
     "v6e-16": ((1, 16, 1, 1),),
     "v6e-64": ((1, 64, 1, 1),),
     "v6e-256": ((1, 128, 1, 2),),

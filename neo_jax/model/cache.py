@@ -104,6 +104,8 @@ def write_chunk(
     """
 
     def write(which, old, new, layer, slot_r, start_r, count_r):
+        if old.dtype == jnp.int8:
+            return scatter(old, new, layer, slot_r, start_r, count_r)
         time = 1 if which == "scale" else 0  # of a slot's two dimensions
         length = new.shape[1 + time]
 
@@ -120,6 +122,13 @@ def write_chunk(
             return jax.lax.dynamic_update_slice(old, _in_order(window), index)
 
         return jax.lax.fori_loop(0, new.shape[0], write_row, old)
+
+    def scatter(old, new, layer, slot_r, start_r, count_r):
+        # Windows that begin anywhere suit other tiles than an int8 store has: a TPU would copy it.
+        token_t = jnp.arange(new.shape[1])
+        is_new_rt = token_t < count_r[:, None]
+        place_rt = jnp.where(is_new_rt, start_r[:, None] + token_t, old.shape[2])
+        return old.at[layer, slot_r[:, None], place_rt].set(new, mode="drop")
 
     return _written(write, store, new_rt, layer, slot_r, start_r, count_r)
 

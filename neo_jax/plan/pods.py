@@ -12,6 +12,7 @@ from pathlib import Path
 
 import tqdm
 
+from configs.pods import PODS
 from neo_jax.errors import InputError
 from neo_jax.plan import cache
 from neo_jax.plan.report import LEAST_SPARE
@@ -47,8 +48,6 @@ def write_table(path: str, only: str = "", anew: bool = False) -> int:
     Returns:
       0, or 1 when a row does not fit or has less than LEAST_SPARE of its memory to spare.
     """
-    from configs.pods import PODS
-
     kept = Path(path).with_suffix(".json")
     rows = json.loads(kept.read_text()) if kept.exists() else {}
     rows = {name: row for name, row in rows.items() if tuple(name.split()) in PODS}
@@ -80,6 +79,8 @@ def markdown(rows: dict[str, dict]) -> str:
     packing = ", ".join(f"{mix} for {stage.upper()}" for stage, mix in PACKING.items())
     versions = ", ".join(f"{name} {version}" for name, version in cache.versions().items())
     lines = [_HEAD.format(notice=NOTICE, packing=packing, versions=versions)]
+    if len(rows) < len(PODS):
+        lines.append(f"{len(rows)} of {len(PODS)} rows have been made so far.\n")
     lines.append(f"| {' | '.join(_COLUMNS)} |\n|{'---|' * len(_COLUMNS)}")
     for name, row in rows.items():
         lines.append(f"| {' | '.join(_cells(name, row))} |")
