@@ -36,9 +36,10 @@ class Chip:
         return dict(self.to_read) | (dict(self.flags) if with_flags else {})
 
 
-# How much VMEM a fusion may use. By the compiler's own estimate half of a v5e's or v6e's takes a
-# sixth of the cycles off a step; compiling takes several times as long.
+# How much VMEM a fusion may use. By the compiler's own estimate half of a chip's takes a sixth of
+# the cycles off a step; compiling takes several times as long.
 _VMEM = (("xla_tpu_scoped_vmem_limit_kib", "65536"),)
+_VMEM_V5P = (("xla_tpu_scoped_vmem_limit_kib", "32768"),)
 
 # What the compiler hands to the SparseCore it cannot print (jaxlib 0.10.2 with libtpu 0.0.52), so
 # plans keep it on the TensorCore: gathers of embedding rows, and on v7x collectives too, which
@@ -55,7 +56,7 @@ _ALL_OFFLOADS = (
 
 _TABLE = (
     ("v5e", "v5e", 197e12, 1.5e9, 15.75, 819e9, 45e9, 16, 1, _VMEM, ()),
-    ("v5p", "v5p", 459e12, 1.75e9, 95.73, 2765e9, 90e9, 4, 2, (), _GATHERS),
+    ("v5p", "v5p", 459e12, 1.75e9, 95.73, 2765e9, 90e9, 4, 2, _VMEM_V5P, _GATHERS),
     ("v6e", "v6e", 918e12, 1.75e9, 31.24, 1638e9, 90e9, 16, 1, _VMEM, _GATHERS),
     ("v7x", "tpu7x", 1153.5e12, 2.2e9, 94.74, 3690e9, 90e9, 4, 1, (), _ALL_OFFLOADS),
 )
