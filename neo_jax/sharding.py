@@ -7,8 +7,8 @@ parameters are split as well. Fsdp is two axes, because a pod's network is a tor
 reduced over one ring after the other. Over both at once, the TPU compiler reduces it whole on every
 device, for twice the traffic.
 
-A training step is written for one device (`on_each_device`): there `gather` and `scatter` say what
-moves, and only `tensor` is left to the types of arrays. Everywhere else all axes are in the types.
+A training step is written for one device (`on_each_device`): there `gather` and `scattered` say
+what moves, and only `tensor` is left to the types of arrays. Elsewhere all axes are in the types.
 """
 
 import functools
@@ -78,12 +78,9 @@ def make_mesh(
     devices = list(jax.devices() if devices is None else devices)
     if shape is None:
         shape = (1, 1, math.gcd(len(devices), num_key_value_heads or 1))
-    sizes = axis_sizes(shape)
-    if math.prod(sizes) > len(devices):
-        raise InputError(
-            f"mesh {tuple(shape)} needs {math.prod(sizes)} devices, {len(devices)} are here"
-        )
-    arranged = _arranged(shape, devices[: math.prod(sizes)])
+    if (count := math.prod(_four(shape))) > len(devices):
+        raise InputError(f"mesh {tuple(shape)} needs {count} devices, {len(devices)} are here")
+    arranged = _arranged(shape, devices[:count])
     return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
 
 
@@ -93,7 +90,7 @@ def _arranged(shape: Sequence[int], devices: list[jax.Device]) -> np.ndarray:
     Of fsdp's two sizes those nearest to a square are taken for which axes take whole sides, which
     are rings; where none do, as for a context of 2 on a square, axes may share a side.
     """
-    data, fsdp, tensor, context = (*shape, 1)[:4]
+    data, fsdp, tensor, context = _four(shape)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if data % slices:
         raise InputError(f"mesh {tuple(shape)}: data must be a multiple of the {slices} slices")
@@ -118,12 +115,16 @@ def axis_sizes(shape: Sequence[int]) -> tuple[int, ...]:
     Raises:
       InputError: for sizes that are no sizes.
     """
+    data, fsdp, tensor, context = _four(shape)
+    minor = max(n for n in range(1, math.isqrt(fsdp) + 1) if fsdp % n == 0)
+    return data, fsdp // minor, minor, context, tensor
+
+
+def _four(shape: Sequence[int]) -> tuple[int, ...]:
     is_size = [isinstance(n, int) and n > 0 for n in shape]
     if len(shape) not in (3, 4) or not all(is_size):
         raise InputError(f"mesh {shape!r}: give the sizes of {MESH_SIZES}, each 1 or more")
-    data, fsdp, tensor, context = (*shape, 1)[:4]
-    minor = max(n for n in range(1, math.isqrt(fsdp) + 1) if fsdp % n == 0)
-    return data, fsdp // minor, minor, context, tensor
+    return (*shape, 1)[:4]
 
 
 def describe(mesh: Mesh) -> str:

@@ -7,6 +7,7 @@
 Nothing is ever downloaded. A row is read when it is asked for, so a file may be larger than memory.
 """
 
+import abc
 import csv
 import functools
 import json
@@ -33,7 +34,7 @@ def is_picture_column(name: str) -> bool:
     return re.fullmatch(r"images?|image_\d+", name) is not None
 
 
-class Table:
+class Table(abc.ABC):
     """Rows by number. `row` gives all cells that are not missing, pictures as the file has them."""
 
     columns: Sequence[str] = ()
@@ -41,11 +42,11 @@ class Table:
     def __init__(self, path: Path):
         self.path = path
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
 
-    def row(self, number: int) -> dict[str, Any]:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def row(self, number: int) -> dict[str, Any]: ...
 
     def where(self, number: int) -> str:
         return f"{self.path.name}, row {number + 1}"

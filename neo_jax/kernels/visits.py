@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from neo_jax.errors import InputError
+
 FIRST = 1  # of its block of queries (of keys, in a list by keys)
 LAST = 2
 PARTLY = 4  # some query of the block does not see some key of the other
@@ -70,7 +72,10 @@ def _listed(is_visited: jax.Array, is_full: jax.Array, query_axis: int):
     b = is_visited.shape[0]
     num_queries = is_visited.shape[query_axis]
     if b * num_queries > MAX_QUERY_BLOCKS or is_visited.shape[3 - query_axis] > MAX_KEY_BLOCKS:
-        raise ValueError(f"{is_visited.shape} blocks of attention are too many for one device")
+        raise InputError(
+            f"attention of {is_visited.shape} blocks is too much for one device: use fewer rows, "
+            "or split them over context"
+        )
     order = jnp.cumsum(is_visited, axis=2)
     is_first = is_visited & (order == 1)
     is_last = is_visited & (order == order[..., -1:])
