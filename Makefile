@@ -12,7 +12,7 @@ demo: $(READY)
 	$(BIN)/python infer.py ask --model .demo/tiny_shapes --dtype float32 --image .demo/tiny_shapes/example.png "What shape is it?"
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 notebooks: $(READY)
 	$(BIN)/python -m pip install --quiet '.[notebooks]'

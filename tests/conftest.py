@@ -38,3 +38,11 @@ def raises(*parts: str):
     """InputError whose message has every one of `parts`, in any order."""
     pattern = "(?s)" + "".join(f"(?=.*{part})" for part in parts)
     return pytest.raises(neo_jax.InputError, match=pattern)
+
+
+# They take minutes: begun last, one of them would keep a single worker busy at the end.
+LONG = ("test_training_runs.py", "test_engine.py", "test_training_numbers.py", "test_kernels.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG)

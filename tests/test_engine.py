@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 
 import jax
 import numpy as np
@@ -72,8 +71,8 @@ def tokens_of(results):
 def test_64_mixed_requests_are_answered_alike_by_1_4_and_16_slots_and_on_a_mesh(model):
     requests = list(mixed_requests(64))
     lengths, answers = [], {}
-    for mesh, slots in itertools.product(((1, 1, 1), (2, 1, 4)), (1, 4, 16)):
-        results = model(*mesh).generate(requests, slots=slots, max_length=2048, prefill_budget=512)
+    for mesh, slots in (((1, 1, 1), 1), ((1, 1, 1), 4), ((1, 1, 1), 16), ((2, 1, 4), 4)):
+        results = model(*mesh).generate(requests, slots=slots, max_length=2048, prefill_budget=256)
         answers[mesh, slots] = tokens_of(results)
         lengths = [result.usage["prompt_tokens"] for result in results]
     assert min(lengths) < 50
