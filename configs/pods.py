@@ -12,37 +12,58 @@ PODS: dict[tuple[str, str], tuple[str, ...]] = {}
 
 _ROWS = 128  # of a step, as configs/stages.py
 _HALF = "optim.state_dtype=bfloat16"  # moments, where memory is short
-_KEEP = "remat=products"  # where there is room
 
-# Pod -> data, fsdp, tensor, context; then what else it needs.
-_2B = {
-    "v5e-16": ((1, 8, 1, 2),),
-    "v5e-64": ((1, 32, 1, 2),),
-    "v5e-256": ((1, 128, 1, 2),),
-    "v5p-64": ((1, 32, 1, 1), _KEEP),
-    "v5p-128": ((1, 64, 1, 1), _KEEP),
-    "v6e-16": ((1, 16, 1, 1),),
-    "v6e-64": ((1, 64, 1, 1),),
-    "v6e-256": ((1, 128, 1, 2),),
-}
-_9B = {
-    "v5e-16": ((1, 8, 2, 1), "data.length=8192", _HALF),
-    "v5e-64": ((1, 32, 1, 2), _HALF),
-    "v5e-256": ((1, 128, 1, 2),),
-    "v5p-64": ((1, 32, 1, 1), _KEEP),
-    "v5p-128": ((1, 64, 1, 1), _KEEP),
-    "v6e-16": ((1, 16, 1, 1),),
-    "v6e-64": ((1, 64, 1, 1),),
-    "v6e-256": ((1, 128, 1, 2),),
+# Size and stages: pod -> (data, fsdp, tensor, context), remat, what else it needs.
+_CHOSEN = {
+    ("2b", "pt"): {
+        "v5e-16": ((1, 8, 1, 2), "gate"),
+        "v5e-64": ((1, 32, 1, 2), "mlp"),
+        "v5e-256": ((1, 128, 1, 2), "mlp"),
+        "v5p-64": ((1, 32, 1, 1), "products"),
+        "v5p-128": ((1, 64, 1, 1), "products"),
+        "v6e-16": ((1, 16, 1, 1), "mlp"),
+        "v6e-64": ((1, 64, 1, 1), "mlp"),
+        "v6e-256": ((1, 128, 1, 2), "products"),
+    },
+    ("2b", "mt sft"): {
+        "v5e-16": ((1, 8, 1, 2), "attention"),
+        "v5e-64": ((1, 32, 1, 2), "attention"),
+        "v5e-256": ((1, 128, 1, 2), "attention"),
+        "v5p-64": ((1, 32, 1, 1), "products"),
+        "v5p-128": ((1, 64, 1, 1), "products"),
+        "v6e-16": ((1, 16, 1, 1), "attention"),
+        "v6e-64": ((1, 64, 1, 1), "attention"),
+        "v6e-256": ((1, 128, 1, 2), "mlp"),
+    },
+    ("9b", "pt"): {
+        "v5e-16": ((1, 8, 1, 2), "full"),
+        "v5e-64": ((1, 32, 1, 2), "attention"),
+        "v5e-256": ((1, 128, 1, 2), "attention"),
+        "v5p-64": ((1, 32, 1, 1), "products"),
+        "v5p-128": ((1, 64, 1, 1), "products"),
+        "v6e-16": ((1, 16, 1, 1), "attention"),
+        "v6e-64": ((1, 64, 1, 1), "attention"),
+        "v6e-256": ((1, 128, 1, 2), "mlp"),
+    },
+    ("9b", "mt sft"): {
+        "v5e-16": ((1, 4, 1, 4), "full", _HALF),
+        "v5e-64": ((1, 32, 1, 2), "full"),
+        "v5e-256": ((1, 128, 1, 2), "attention"),
+        "v5p-64": ((1, 32, 1, 1), "products"),
+        "v5p-128": ((1, 64, 1, 1), "products"),
+        "v6e-16": ((1, 16, 1, 1), "full"),
+        "v6e-64": ((1, 64, 1, 1), "attention"),
+        "v6e-256": ((1, 128, 1, 2), "gate"),
+    },
 }
 
-for _size, _pods in (("2b", _2B), ("9b", _9B)):
-    for _stage in ("pt", "mt", "sft"):
-        for _pod, (_mesh, *_more) in _pods.items():
+for (_size, _stages), _pods in _CHOSEN.items():
+    for _stage in _stages.split():
+        for _pod, (_mesh, _remat, *_more) in _pods.items():
             PODS[f"neo_ov_{_size}_{_stage}", _pod] = (
                 f"mesh={_mesh}",
                 f"data.rows={_ROWS}",
                 f"micro_batches={_ROWS // (_mesh[0] * _mesh[1])}",
-                "remat=full",
+                f"remat={_remat}",
                 *_more,
             )

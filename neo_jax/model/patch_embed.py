@@ -49,7 +49,7 @@ class PatchEmbed(nnx.Module):
         """First convolution and GELU: [B, P, C] -> [B, P, E] float32."""
         y_bpe = layers.einsum("bpc,ce->bpe", patches_bpc.astype(self.cfg.dtype), self.patch_ce)
         # The TPU compiler would put GELU's derivative into the product that makes patch_ce's
-        # gradient, once per use of a block: that one fusion took most of a step's compile time.
+        # gradient: that one fusion took most of a step's compile time.
         y_bpe = jax.lax.optimization_barrier(y_bpe)
         y_bpe = y_bpe.astype(jnp.float32) + self.patch_bias_e[...].astype(jnp.float32)
         return jax.nn.gelu(y_bpe, approximate=False)

@@ -99,7 +99,9 @@ def run(args: argparse.Namespace) -> int:
         if path != "-":
             open(path, "ab").close()  # before the long work
     if args.pods:
-        return pods.write_table(args.pods, args.only, args.no_cache)
+        return pods.write_table(
+            args.pods, args.only, with_flags=not args.no_flags, anew=args.no_cache
+        )
     if not args.config or bool(args.topology) == bool(args.pod):
         raise InputError("name a config and either --topology or --pod; --help has examples")
     if args.config and "=" in args.config:

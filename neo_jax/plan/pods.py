@@ -15,6 +15,7 @@ import tqdm
 from configs.pods import PODS
 from neo_jax.errors import InputError
 from neo_jax.plan import cache
+from neo_jax.plan.chips import CHIPS
 from neo_jax.plan.report import LEAST_SPARE
 from neo_jax.plan.result import GIB, NOTICE, Plan, from_json
 from neo_jax.plan.topology import find_topology
@@ -33,24 +34,24 @@ stand for the data: {packing}. Made with {versions}.
 """
 _COLUMNS = (
     "config", "pod", "mesh", "rows x length", "micro", "remat", "GiB of limit", "spare", "MFU",
-    "without network", "tokens/s/chip", "step s", "bound by", "all-reduced GB",
+    "without network", "tokens/s/chip", "step s", "bound by", "all-reduced GB", "flags",
 )  # fmt: skip
 
 
-def write_table(path: str, only: str = "", anew: bool = False) -> int:
-    """Makes the rows that are missing and writes the table.
+def write_table(path: str, only: str = "", *, with_flags: bool = True, anew: bool = False) -> int:
+    """Makes the rows that are missing and writes the table. Several may do so at once.
 
     Args:
       path: of the Markdown file; the rows lie beside it, in a JSON file of the same name.
       only: rows whose "config pod" has this in it.
+      with_flags: those of the chips, with which compiling takes longer.
       anew: those that are there already, too.
 
     Returns:
       0, or 1 when a row does not fit or has less than LEAST_SPARE of its memory to spare.
     """
     kept = Path(path).with_suffix(".json")
-    rows = json.loads(kept.read_text()) if kept.exists() else {}
-    rows = {name: row for name, row in rows.items() if tuple(name.split()) in PODS}
+    rows = _read(kept)
     wanted = [
         (config, pod)
         for (config, pod), settings in PODS.items()
@@ -63,16 +64,23 @@ def write_table(path: str, only: str = "", anew: bool = False) -> int:
         find_topology(wanted[0][1])  # whether there is a compiler at all
         print(f"{len(wanted)} of {len(PODS)} rows, minutes each", file=sys.stderr)
     for config, pod in tqdm.tqdm(wanted, unit="row"):
-        rows[f"{config} {pod}"] = {
+        row = {
             "settings": list(PODS[config, pod]),
             "sources": cache.sources(),
-            **_row(config, pod, anew),
+            **_row(config, pod, with_flags, anew),
         }
+        rows = _read(kept) | {f"{config} {pod}": row}
         _replace(kept, json.dumps(dict(sorted(rows.items())), indent=1) + "\n")
     _replace(
         Path(path), markdown({name: rows[name] for name in map(" ".join, PODS) if name in rows})
     )
     return 1 if any(_is_bad(row) for row in rows.values()) else 0
+
+
+def _read(kept: Path) -> dict[str, dict]:
+    """The rows so far, but for those that are in no table any more."""
+    rows = json.loads(kept.read_text()) if kept.exists() else {}
+    return {name: row for name, row in rows.items() if tuple(name.split()) in PODS}
 
 
 def markdown(rows: dict[str, dict]) -> str:
@@ -90,13 +98,13 @@ def markdown(rows: dict[str, dict]) -> str:
 def _cells(name: str, row: dict) -> list[str]:
     lead = name.split()
     if "plan" not in row:
-        return [*lead, *[""] * 4, f"failed: {row['error']}", *[""] * 7]
+        return [*lead, *[""] * 4, f"failed: {row['error']}", *[""] * 8]
     plan: Plan = from_json(row["plan"])
     chosen, memory = plan.settings, plan.memory
     lead += [plan.mesh, f"{chosen['rows']} x {chosen['length']}", str(chosen["micro_batches"])]
     lead += [chosen["remat"]]
     if plan.problem:
-        return [*lead, f"does not fit: {plan.problem}", *[""] * 7]
+        return [*lead, f"does not fit: {plan.problem}", *[""] * 8]
     scale = 2 if plan.chip == "v7x" else 1
     return [
         *lead,
@@ -108,6 +116,7 @@ def _cells(name: str, row: dict) -> list[str]:
         f"{plan.times.step:.2f}",
         plan.times.bound_by,
         f"{plan.all_reduced / 1e9:.3f}",
+        "yes" if set(dict(CHIPS[plan.chip].flags)) <= set(_options(plan)) else "no",
     ]
 
 
@@ -117,13 +126,18 @@ def _is_bad(row: dict) -> bool:
     return row["plan"]["memory"]["spare"] < LEAST_SPARE
 
 
-def _row(config: str, pod: str, anew: bool) -> dict:
+def _options(plan: Plan) -> list[str]:
+    return [option.partition("=")[0] for option in plan.settings["compiler"].split()]
+
+
+def _row(config: str, pod: str, with_flags: bool, anew: bool) -> dict:
     """Made by another process, so that its end is only the end of a row."""
     packing = PACKING[config.rsplit("_", 1)[1]]
     command = [sys.executable, "-m", "neo_jax.plan", f"configs/{config}.py", "--pod", pod]
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "plan.json"
         command += ["--packing", packing, "--json", str(path), *["--no-cache"] * anew]
+        command += ["--no-flags"] * (not with_flags)
         ended = subprocess.run(command, capture_output=True, text=True)
         text = path.read_text() if path.exists() else ""
     if ended.returncode == 130 or ended.returncode < 0:
