@@ -101,7 +101,7 @@ def test_model_flops_are_six_for_each_weight_and_token(name):
     width = c.qk_width + c.head_dim
     wanted = 6 * tokens * (layers + c.vocab_size * c.hidden_size)
     wanted += 6 * keys * c.num_layers * c.num_attention_heads * width
-    # The norms of layers are the only parameters that this counts and products do not have.
+    # Of the parameters of layers, norms are in no product.
     assert costs.model_flops(c, (".*",), rows) == pytest.approx(wanted, rel=1e-4)
 
 

@@ -1,12 +1,10 @@
 """From a compiled program to the figures of a plan."""
 
-import math
 from collections.abc import Iterable, Sequence
 
 from jax.sharding import Mesh
 
-from neo_jax.config import PATCH_CHANNELS, ModelConfig
-from neo_jax.model.neo import abstract_params
+from neo_jax.config import ModelConfig
 from neo_jax.plan import hlo, timeline
 from neo_jax.plan.chips import Chip
 from neo_jax.plan.collectives import Collective, Network
@@ -15,7 +13,6 @@ from neo_jax.plan.result import Times, Traffic
 from neo_jax.plan.timeline import KernelTime, Totals
 from neo_jax.plan.topology import Topology
 from neo_jax.sharding import AXES
-from neo_jax.train import rules
 from neo_jax.train.metrics import flops_per_batch
 
 
@@ -95,25 +92,7 @@ def model_flops(c: ModelConfig, trained: Sequence[str], rows: Sequence[Row]) -> 
     """
     tokens = sum(row.tokens for row in rows)
     patches = 4 * sum(row.image_tokens for row in rows)
-    whole = flops_per_batch(c, tokens, patches, sum(row.keys for row in rows))
-    params = abstract_params(c)
-    frozen = rules.split(params, rules.matching(params, trained))[1] if trained else params
-    flat = {path: _leaf(frozen, path) for path in rules.paths(frozen)} if frozen else {}
-    head = "embed" if c.tie_word_embeddings else "lm_head"
-    unneeded = 0
-    for path, leaf in flat.items():
-        if "/attention/" in path or "/mlp/" in path or path == head:
-            unneeded += 2 * tokens * math.prod(leaf.shape)
-    if any(path.startswith("patch_embed") for path in flat):
-        hidden = c.vision_hidden_size
-        unneeded += 2 * patches * (PATCH_CHANNELS * hidden + hidden * c.hidden_size)
-    return whole - unneeded
-
-
-def _leaf(tree: dict, path: str):
-    for name in path.split("/"):
-        tree = tree[name]
-    return tree
+    return flops_per_batch(c, tokens, patches, sum(row.keys for row in rows), trained)
 
 
 def axis_names(dimension: str) -> tuple[str, ...]:

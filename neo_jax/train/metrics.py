@@ -2,13 +2,15 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 from etils import epath
+from flax import traverse_util
 
-from neo_jax.config import PATCH_CHANNELS, ModelConfig
+from neo_jax.config import ModelConfig
 from neo_jax.model.neo import abstract_params
+from neo_jax.train import rules
 
 # Dense bfloat16 products per second of one device, by what `device_kind` starts with.
 PEAK_FLOPS = {
@@ -17,7 +19,7 @@ PEAK_FLOPS = {
     "TPU v5e": 197e12,
     "TPU v5": 459e12,
     "TPU v6": 918e12,
-    "TPU7x": 2307e12,
+    "TPU7x": 1153.5e12,  # half a chip
     "NVIDIA A100": 312e12,
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
@@ -69,22 +71,31 @@ def append_line(path: epath.Path, line: str) -> None:
         file.write(f"{line}\n")
 
 
-def flops_per_batch(c: ModelConfig, tokens: int, patches: int, keys: float) -> float:
+def flops_per_batch(
+    c: ModelConfig, tokens: int, patches: int, keys: float, trained: Sequence[str] = (".*",)
+) -> float:
     """Products that one training step needs, forward and backward, counted as multiply and add.
 
     Args:
       tokens, patches: in the batch, without padding.
       keys: that its tokens see, summed over tokens: what attention really needs.
+      trained: path rules; the weights of what is frozen have no gradients.
     """
-    flat = {
-        "/".join(entry.key for entry in path): math.prod(leaf.shape)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(c))
-    }
-    per_patch = PATCH_CHANNELS * c.vision_hidden_size + c.vision_hidden_size * c.hidden_size
-    layers = sum(size for name, size in flat.items() if "/attention/" in name or "/mlp/" in name)
-    head = c.vocab_size * c.hidden_size
-    heads = c.num_layers * c.num_attention_heads * (c.qk_width + c.head_dim)
-    return 6 * (tokens * (layers + head) + patches * per_patch + keys * heads)
+    params = abstract_params(c)
+    with_gradients = set(rules.matching(params, trained)) if trained else set()
+    head = "embed" if c.tie_word_embeddings else "lm_head"
+    products = 3 * keys * c.num_layers * c.num_attention_heads * (c.qk_width + c.head_dim)
+    for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
+        if "norm" in path or "bias" in path:
+            continue
+        if "/attention/" in path or "/mlp/" in path or path == head:
+            uses = tokens
+        elif path.startswith("patch_embed/"):
+            uses = patches / 4 if path.endswith("merge_qed") else patches
+        else:
+            continue
+        products += (3 if path in with_gradients else 2) * uses * math.prod(leaf.shape)
+    return 2 * products
 
 
 def peak_flops() -> float | None:

@@ -99,7 +99,9 @@ class Progress:
             "records_too_long": self._counts["too long"],
         }
         if peak := peak_flops():
-            flops = flops_per_batch(self._model, sums["tokens"], sums["patches"], sums["keys"])
+            trained = () if self._c.lora.rank else self._c.trained
+            counted = (sums[name] for name in ("tokens", "patches", "keys"))
+            flops = flops_per_batch(self._model, *counted, trained)
             numbers["mfu"] = flops * shares / seconds / peak
         self._metrics.write(step, numbers)
         self._say(
