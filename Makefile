@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 EXTRAS ?= dev
 
-.PHONY: demo test notebooks lint clean
+.PHONY: demo test tpu notebooks lint clean
 
 demo: $(READY)
 	$(BIN)/python train.py workdir=.demo/tiny_shapes
@@ -13,6 +13,12 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# What is said of TPUs, asked of their compiler again: the kernels' cycles and a whole step. Minutes.
+tpu: $(READY)
+	$(BIN)/python -m pip install --quiet --editable '.[plan]'
+	$(BIN)/python -m benchmarks.kernel_cycles
+	$(BIN)/python -m neo_jax.plan --pods docs/pods.md --only "2b_sft v5e-16" --no-flags --no-cache
 
 notebooks: $(READY)
 	$(BIN)/python -m pip install --quiet '.[notebooks]'

@@ -31,7 +31,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from neo_jax.sharding import batch_rows, put, spec
+from neo_jax.sharding import batch_rows, data_shard, put, stored
 
 Batch = Mapping[str, jax.Array]
 
@@ -41,6 +41,10 @@ IMAGE_STD = np.array((0.229, 0.224, 0.225), np.float32)
 
 RANK = {"tokens": 2, "segments": 2, "thw": 3, "is_image": 2, "patches": 3, "patch_hw": 3}
 RANK |= {"targets": 2, "weights": 2}
+# How a training batch [micro-batches, B, L or P, ...] lies on a mesh.
+PARTITIONS = {
+    name: stored(None, "batch", "time", *[None] * (rank - 2)) for name, rank in RANK.items()
+}
 
 
 def to_device(batch: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
@@ -56,16 +60,21 @@ def to_device(batch: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
 
 
 def micro_batches(batch: Mapping[str, np.ndarray], count: int, mesh: Mesh) -> Batch:
-    """Places a training batch as `count` micro-batches: [count, rows / count, ...] each.
+    """Places a training batch as `count` micro-batches: [count, rows / count, ...] each, rows and
+    their columns split over the mesh.
 
     Args:
       batch: this process's rows (`sharding.data_shard`), a multiple of `count` times what its
         devices need.
     """
 
+    _, shares = data_shard(mesh)
+
     def place(name: str) -> jax.Array:
         array = batch[name].reshape(count, -1, *batch[name].shape[1:])
-        partition = spec(None, "batch", *[None] * (RANK[name] - 1))
-        return jax.make_array_from_process_local_data(NamedSharding(mesh, partition), array)
+        # A process has whole rows, whatever columns of them its devices need.
+        shape = (count, array.shape[1] * shares, *array.shape[2:])
+        sharding = NamedSharding(mesh, PARTITIONS[name])
+        return jax.make_array_from_process_local_data(sharding, array, shape)
 
     return {name: place(name) for name in RANK}

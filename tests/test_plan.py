@@ -16,21 +16,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs import tiny_shapes
-from configs.pods import PODS
 from neo_jax.model.neo import count_params
-from neo_jax.plan import (
-    cache,
-    pods,
-    report,
-    search,
-)
+from neo_jax.plan import cache, report, search
 from neo_jax.plan.__main__ import main
 from neo_jax.plan.program import compiled
 from neo_jax.plan.result import from_json
 from neo_jax.plan.topology import find_topology
 from neo_jax.plan.training import plan_training
 from neo_jax.sharding import make_mesh
-from neo_jax.train import config_file
 from neo_jax.train.config import override
 
 needs_compiler = pytest.mark.skipif(
@@ -261,32 +254,3 @@ def test_data_goes_along_slices():
     assert [{one.slice_index for one in part.flat} for part in mesh.devices] == [{0}, {1}]
     with raises("data", "2 slices"):
         make_mesh((1, 32, 1), described.devices)
-
-
-def test_every_pod_has_settings_that_its_config_takes():
-    for (name, pod), settings in PODS.items():
-        path = f"configs/{name}.py"
-        config = config_file.on_pod(config_file.load(path).get_config(), path, pod)
-        assert config == override(config_file.load(path).get_config(), settings)
-
-
-def test_the_table_of_pods_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
-    plan = tiny_plan().to_json() if importlib.util.find_spec("libtpu") else None
-    made = []
-
-    def row(config, pod, anew):
-        if len(made) == 2:
-            raise KeyboardInterrupt
-        made.append((config, pod))
-        return {"plan": plan} if plan else {"error": "nothing"}
-
-    monkeypatch.setattr(pods, "_row", row)
-    monkeypatch.setattr(pods, "find_topology", lambda pod: None)
-    table = tmp_path / "pods.md"
-    with pytest.raises(KeyboardInterrupt):
-        pods.write_table(str(table), "2b_sft v5e")
-    first, made[:] = list(made), []
-    with pytest.raises(KeyboardInterrupt):
-        pods.write_table(str(table), "2b_sft v5")
-    assert not set(first) & set(made)
-    assert len(json.loads(table.with_suffix(".json").read_text())) == 4

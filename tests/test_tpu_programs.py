@@ -2,6 +2,9 @@
 
 import dataclasses
 import importlib.util
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +61,13 @@ def test_attention_is_compiled_for_tpus(slice_, length, kernels):
     memory = lowered.compile(compiler_options=options).memory_analysis()
     scores = 4 * 4 * length**2
     assert memory.temp_size_in_bytes < scores / 8
+
+
+def test_kernels_keep_to_their_budget():
+    """In instruction bundles, of one chip; `make tpu` asks for all."""
+    command = [sys.executable, "-m", "benchmarks.kernel_cycles", "--chips", "v5e"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
 def test_gradients_of_weights_are_scattered():

@@ -74,7 +74,7 @@ def einsum(
     product = functools.partial(
         jnp.einsum, equation, precision=precision, preferred_element_type=dtype, out_sharding=out
     )
-    if equation.startswith("bt") and weight.ndim == 2 and _is_one_row(x):
+    if equation.startswith("bt") and weight.ndim == 2 and x.shape[1] == 1 and _is_one_row(x):
         y = jax.lax.platform_dependent(
             x, weight, tpu=functools.partial(_with_two_rows, product), default=product
         )
@@ -84,8 +84,8 @@ def einsum(
 
 
 def _is_one_row(x: jax.Array) -> bool:
-    """Whether a device's part of [B, T, ...] is one token."""
-    return jax.typeof(x).sharding.shard_shape(x.shape)[:2] == (1, 1)
+    """Whether a device's part of the batch is one row."""
+    return jax.typeof(x).sharding.shard_shape(x.shape)[0] == 1
 
 
 def _with_two_rows(product: Callable, x: jax.Array, weight: jax.Array) -> jax.Array:

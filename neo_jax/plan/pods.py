@@ -27,6 +27,8 @@ What each stage and size needs on each pod, from the program that the TPU compil
 train step (`python -m neo_jax.plan`). {notice}
 MFU counts the products that the model needs, with the keys that packed tokens see. Synthetic rows
 stand for the data: {packing}. Made with {versions}.
+Rows with "flags" have the chip's own flags (tpu.md). Without them (`--no-flags`) a row of v5e or
+v6e is made in half the time or less, but has a lower MFU.
 
 `python train.py configs/CONFIG.py --pod POD ...` takes a row's settings. The table is made by
 `python -m neo_jax.plan --pods docs/pods.md`, one row of it by

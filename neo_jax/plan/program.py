@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from neo_jax.batch import RANK
+from neo_jax.batch import PARTITIONS, RANK
 from neo_jax.config import PATCH_CHANNELS, ModelConfig
 from neo_jax.errors import InputError
 from neo_jax.model import lora
 from neo_jax.model.neo import abstract_params
 from neo_jax.plan.topology import standard_error
-from neo_jax.sharding import batch_rows, spec
+from neo_jax.sharding import batch_rows
 from neo_jax.train import rules
 from neo_jax.train.config import Config
 from neo_jax.train.loop import _adapted
@@ -167,10 +167,8 @@ def training_batch(c: Config, mesh: Mesh) -> dict:
 
     def one(name):
         shape, dtype = shapes[name]
-        partition = spec(None, "batch", *[None] * (RANK[name] - 1))
-        return jax.ShapeDtypeStruct(
-            (c.micro_batches, rows, *shape), dtype, sharding=NamedSharding(mesh, partition)
-        )
+        sharding = NamedSharding(mesh, PARTITIONS[name])
+        return jax.ShapeDtypeStruct((c.micro_batches, rows, *shape), dtype, sharding=sharding)
 
     return {name: one(name) for name in RANK}
 

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
-from neo_jax.batch import RANK, Batch
+from neo_jax.batch import PARTITIONS, Batch
 from neo_jax.config import ModelConfig
-from neo_jax.sharding import on_each_device, stored, summed
+from neo_jax.sharding import on_each_device, summed
 from neo_jax.train import rules
 from neo_jax.train.loss import loss_of
 from neo_jax.train.optimizer import OptimConfig, learning_rate, make_optimizer
@@ -80,8 +80,8 @@ def make_evaluation(
             return summed(loss, P())
 
         trees = (state.get("ema", state["trained"]), state["frozen"])
-        in_specs = (*map(_partitions, trees), _BATCH)
-        loss = on_each_device(local, in_specs, P())(*trees, _placed(batch))
+        in_specs = (*map(_partitions, trees), PARTITIONS)
+        loss = on_each_device(local, in_specs, P())(*trees, dict(batch))
         return loss, jnp.sum(batch["weights"])
 
     return jax.jit(evaluate)
@@ -109,17 +109,9 @@ def loss_and_gradients(
         loss, gradients = _over_micro_batches(jax.value_and_grad(loss_fn), trained, batch)
         return summed(loss, P()), jax.tree.map(summed, gradients, partitions)
 
-    in_specs = (partitions, _partitions(frozen), _BATCH)
+    in_specs = (partitions, _partitions(frozen), PARTITIONS)
     run = on_each_device(local, in_specs, (P(), partitions))
-    return run(trained, frozen, _placed(batch))
-
-
-_BATCH = {name: stored(None, "batch", "time", *[None] * (rank - 2)) for name, rank in RANK.items()}
-
-
-def _placed(batch: Batch) -> Batch:
-    """The batch with its rows' columns split too."""
-    return {name: jax.sharding.reshard(batch[name], _BATCH[name]) for name in _BATCH}
+    return run(trained, frozen, dict(batch))
 
 
 def _partitions(tree: dict) -> dict:

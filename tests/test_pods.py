@@ -1,0 +1,58 @@
+"""The table of pods: its settings, what was planned with them, how it is made."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from configs.pods import PODS
+from neo_jax.plan import pods
+from neo_jax.plan.report import LEAST_SPARE
+from neo_jax.plan.result import from_json
+from neo_jax.train import config_file
+from neo_jax.train.config import override
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def test_every_pod_has_settings_that_its_config_takes():
+    for (name, pod), settings in PODS.items():
+        path = f"configs/{name}.py"
+        config = config_file.on_pod(config_file.load(path).get_config(), path, pod)
+        assert config == override(config_file.load(path).get_config(), settings)
+
+
+def test_the_committed_table_is_of_these_settings_and_everything_fits():
+    kept = json.loads((DOCS / "pods.json").read_text())
+    rows = {name: kept.pop(name) for name in map(" ".join, PODS)}
+    assert not kept
+    for name, row in rows.items():
+        assert tuple(row["settings"]) == PODS[tuple(name.split())], name
+        plan = from_json(row["plan"])
+        assert not plan.problem, name
+        assert not plan.warnings, name
+        assert plan.memory.spare >= LEAST_SPARE, name
+        assert plan.all_reduced < 0.1e9, name
+    _, table = pods.markdown(rows).split("| config")
+    assert (DOCS / "pods.md").read_text().endswith(table)
+
+
+def test_the_table_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    made = []
+
+    def row(config, pod, with_flags, anew):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append((config, pod))
+        return {"error": "nothing"}
+
+    monkeypatch.setattr(pods, "_row", row)
+    monkeypatch.setattr(pods, "find_topology", lambda pod: None)
+    table = tmp_path / "pods.md"
+    with pytest.raises(KeyboardInterrupt):
+        pods.write_table(str(table), "2b_sft v5e")
+    first, made[:] = list(made), []
+    with pytest.raises(KeyboardInterrupt):
+        pods.write_table(str(table), "2b_sft v5")
+    assert not set(first) & set(made)
+    assert len(json.loads(table.with_suffix(".json").read_text())) == 4
