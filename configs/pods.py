@@ -12,11 +12,12 @@ PODS: dict[tuple[str, str], tuple[str, ...]] = {}
 
 _ROWS = 128  # of a step, as configs/stages.py
 _HALF = "optim.state_dtype=bfloat16"  # moments, where memory is short
+_FEWER = ("data.rows=64", "micro_batches=32")  # a step's batch lies on the devices
 
 # Size and stages: pod -> (data, fsdp, tensor, context), remat, what else it needs.
 _CHOSEN = {
     ("2b", "pt"): {
-        "v5e-16": ((1, 8, 1, 2), "gate"),
+        "v5e-16": ((1, 8, 1, 2), "mlp"),
         "v5e-64": ((1, 32, 1, 2), "mlp"),
         "v5e-256": ((1, 128, 1, 2), "mlp"),
         "v5p-64": ((1, 32, 1, 1), "products"),
@@ -46,7 +47,7 @@ _CHOSEN = {
         "v6e-256": ((1, 128, 1, 2), "mlp"),
     },
     ("9b", "mt sft"): {
-        "v5e-16": ((1, 4, 1, 4), "full", _HALF),
+        "v5e-16": ((1, 2, 2, 4), "full", _HALF, *_FEWER),
         "v5e-64": ((1, 32, 1, 2), "full"),
         "v5e-256": ((1, 128, 1, 2), "attention"),
         "v5p-64": ((1, 32, 1, 1), "products"),

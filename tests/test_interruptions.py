@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import GOLDEN, raises
+from conversions import assert_same_tensors, run
 from safetensors.numpy import load_file, save_file
-from test_convert import assert_same_tensors, run
 
 from benchmarks.random_checkpoint import write_checkpoint
 from configs.models import TINY

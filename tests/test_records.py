@@ -3,8 +3,8 @@
 import json
 
 import pytest
+from batch_runs import answered, read_lines, said, serve, write_lines
 from conftest import raises
-from test_batch import answered, read_lines, said, serve, write_lines
 
 from neo_jax.infer.batch import Counts, run_batch
 from neo_jax.infer.request import Request
