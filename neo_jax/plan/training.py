@@ -31,7 +31,7 @@ UNREADABLE = "the compiler cannot print this program: memory is known, times are
 # Settings that change nothing in the program.
 _NOT_IN_PROGRAM = ("workdir", "start", "tokenizer", "data", "held_out", "log_every", "eval_every",
                    "eval_batches", "save_every", "keep", "keep_every", "profile", "seed",
-                   "init_scale", "mesh")  # fmt: skip
+                   "init_scale", "mesh", "steps")  # fmt: skip
 
 
 def plan_training(
@@ -172,6 +172,11 @@ def tensor_size(mesh: Mesh) -> int:
 
 def _request(c: Config, model, slice_: Topology, mesh: Mesh, options) -> dict:
     settings = dataclasses.asdict(c)
+    # Of rates and decays only whether there are any: stages that differ in them share a program.
+    settings["optim"] = {
+        name: value != 0 if isinstance(value, int | float) else value
+        for name, value in settings["optim"].items()
+    }
     return {
         "program": "train",
         "settings": {name: settings[name] for name in settings if name not in _NOT_IN_PROGRAM},
