@@ -11,7 +11,7 @@ import pytest
 from conftest import GOLDEN, arrays, load_case, raises, read_json
 from PIL import Image
 
-from neo_jax.batch import micro_batches
+from neo_jax.batch import micro_batches, to_device
 from neo_jax.data.image import normalise
 from neo_jax.data.mixture import Mixture
 from neo_jax.data.positions import block_order
@@ -176,7 +176,7 @@ def test_the_loss_in_chunks_is_the_loss_of_all_logits(tied, monkeypatch):
 
     with jax.set_mesh(neo.mesh):
         placed = micro_batches(batch, 1, neo.mesh)
-        first = {name: array[0] for name, array in placed.items()}
+        first = to_device(batch, neo.mesh)
         wanted = jax.jit(jax.value_and_grad(plain))(params, first)
         found = value_and_gradients(c, params, placed)
         alone, _ = make_evaluation(c)({"trained": params, "frozen": {}}, placed)
