@@ -92,6 +92,9 @@ def test_what_a_program_depends_on_is_in_its_key(monkeypatch):
     first = cache.key({"options": {}})
     assert cache.key({"options": {}}) == first
     assert cache.key({"options": {"a": "1"}}) != first
+    with monkeypatch.context() as changed:
+        changed.setenv("LIBTPU_INIT_ARGS", "--xla_a=1")
+        assert cache.key({"options": {}}) != first
     monkeypatch.setattr(cache, "versions", lambda: {"jax": "other"})
     assert cache.key({"options": {}}) != first
 

@@ -34,6 +34,8 @@ def directory() -> Path:
 def key(request: dict) -> str:
     """Of everything that the program depends on."""
     whole = {"request": request, "versions": versions(), "sources": sources()}
+    if arguments := os.environ.get("LIBTPU_INIT_ARGS"):  # the compiler reads these itself
+        whole["LIBTPU_INIT_ARGS"] = arguments
     return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
