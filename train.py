@@ -7,7 +7,6 @@ python train.py configs/neo_ov_2b_sft.py --show   its settings
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -26,10 +25,11 @@ def main(argv: list[str] | None = None) -> int:
         "--pod", metavar="NAME", help="mesh, rows and so on for a pod, as configs/pods.py has them"
     )
     parser.add_argument("--show", action="store_true", help="print the settings and end")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # settings may follow options
     if "=" in args.config and not args.config.endswith(".py"):
         args.config, args.settings = str(DEFAULT), [args.config, *args.settings]
 
+    from neo_jax import hosts
     from neo_jax.errors import InputError
     from neo_jax.train import config_file
     from neo_jax.train.config import override, to_json
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.show:
             print(to_json(config))
             return 0
-        _join_pod(bool(args.pod))
+        hosts.join(bool(args.pod))
         finished = train(config)
         if finished.is_stopped:
             return 143  # as a process that SIGTERM ended, so that launchers start it again
@@ -57,23 +57,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("train.py: interrupted; run it again to go on from the last save", file=sys.stderr)
         return 130
-
-
-def _join_pod(is_pod: bool) -> None:
-    """Joins the other processes, if this is one of several: on a pod, or as the variables say."""
-    import jax
-
-    from neo_jax.errors import InputError
-
-    say = os.environ.get
-    if address := say("JAX_COORDINATOR_ADDRESS"):
-        count, number = (int(say(f"JAX_{name}", -1)) for name in ("NUM_PROCESSES", "PROCESS_ID"))
-        jax.distributed.initialize(address, count, number)
-    elif is_pod or "," in say("TPU_WORKER_HOSTNAMES", "") or say("MEGASCALE_COORDINATOR_ADDRESS"):
-        try:
-            jax.distributed.initialize()  # it asks the cloud
-        except (RuntimeError, ValueError) as error:
-            raise InputError(f"no pod is here: {error}".split("\n")[0]) from error
 
 
 if __name__ == "__main__":

@@ -33,6 +33,27 @@ def test_options_are_read_however_they_are_given():
     assert options({}) == {}
     assert listed("[not a list]") == ["[not a list]"]
     assert listed("__import__('os').getcwd()") == ["__import__('os').getcwd()"]
+    assert listed("[{[1]}]") == ["[{[1]}]"]
+
+
+def test_lines_of_json_end_at_line_ends_only(tmp_path):
+    path = tmp_path / "a.jsonl"
+    said = "one\u2028two\u2029three\x85four"
+    line = f'{{"question": "{said}"}}'
+    path.write_bytes(f"\ufeff{line}\r\n\r\n{line}\n\n".encode())
+    table = open_table(path)
+    assert [table.row(number) for number in range(len(table))] == [{"question": said}] * 2
+
+
+def test_a_bad_line_of_json_is_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"question": "a\u2028b"}\n\n{"question": }\n')
+    with raises("a.jsonl:3: not JSON: Expecting value at column 14"):
+        open_table(path)
+    path = tmp_path / "b.json"
+    path.write_text('[\n{"question": "a"},\n{"question"}\n]')
+    with raises("b.json:3: not JSON: Expecting ':' delimiter at column 12"):
+        open_table(path)
 
 
 @pytest.mark.parametrize(
@@ -43,6 +64,8 @@ def test_options_are_read_however_they_are_given():
         # A text, not a place.
         (hub.standard, {"options": ["1", "2"], "answer": "1"}, {"answer": "1"}),
         (hub.standard, {"choices": ["a", "b"], "answer": "(B)"}, {"answer": "B"}),
+        (hub.standard, {"options": ["a", "b"], "answer": -1}, {"answer": -1}),  # a hidden answer
+        (hub.standard, {"options": ["a", "b"], "answer": -99}, {"answer": -99}),
         (hub.standard, {"choice_a": "x", "choice_b": "y"}, {"A": "x", "B": "y"}),
         (hub.standard, {"answers": ["x", "y"]}, {"answer": ["x", "y"]}),
         (hub.standard, {"questionid": 7}, {"index": 7}),
@@ -57,6 +80,7 @@ def test_options_are_read_however_they_are_given():
         ),
         (hub.mmmu, {"id": "validation_Art_Theory_3"}, {"split": "validation"}),
         (hub.mmmu, {"id": "validation_Art_Theory_3"}, {"category": "Art Theory"}),
+        (hub.mmmu, {"id": "3"}, {"id": "3"}),
         (hub.chartqa, {"type": "human_test"}, {"split": "test_human"}),
         (hub.ocrbench, {"question_type": "Doc-oriented VQA"}, {"category": "Doc-oriented VQA"}),
         (hub.video, {"option0": "a", "option1": "b"}, {"candidates": ["a", "b"]}),
@@ -98,6 +122,7 @@ def test_pictures_are_found_in_every_kind_of_cell(tmp_path):
         ({"image": "A" * 69}, "bad base64"),
         ({"image": 3.5}, "float is neither base64, bytes nor a path"),
         ({"image_path": "pictures/3.png"}, "pictures/3.png: not in"),
+        ({"image_path": "p" * 300}, "ppp: not in"),  # no file system has such a name
     ):
         with raises(said):
             media.pictures(row, table, [tmp_path])

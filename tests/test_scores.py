@@ -97,7 +97,7 @@ def test_circular_choice():
 
 
 def test_flipped_choice():
-    found = judged("3DSRBench", choice.judge)
+    found = judged("3DSRBench", choice.judge_3dsr)
     check_rows(found, "hit")
     got = values(choice.summarise_3dsr(found))
     names = ("vanilla", "flip", "circular", "flip and circular")
@@ -141,7 +141,7 @@ def test_mme_adds_accuracies_of_rows_and_of_pairs():
         for truth, letter in zip(("Yes", "No"), said, strict=True):
             row = {"category": category, "question_id": picture, "answer": truth}
             answer = "yes" if letter in "Yy" else "no"
-            found.append(Judged(row, answer, yes_no.judge(row, answer)))
+            found.append(Judged(row, answer, yes_no.judge_mme(row, answer)))
     got = values(yes_no.summarise_mme(found))
     # existence: 3 of 4 rows and 1 of 2 pairs; code_reasoning: both rows and the pair.
     assert got == pytest.approx(

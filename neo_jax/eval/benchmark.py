@@ -1,6 +1,7 @@
 """What a benchmark is made of: one of these is a row of the table in `benchmarks.py`."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from neo_jax.data.chat import IMAGE_MARK
 from neo_jax.errors import InputError
 from neo_jax.eval import hub, media
 from neo_jax.eval.messages import Frames, Layout, Message, general, read_subtitles, spatial
-from neo_jax.eval.rows import Row
+from neo_jax.eval.rows import Row, need
 from neo_jax.eval.settings import Settings
 from neo_jax.eval.summary import Judged, Metric, Verdict
 from neo_jax.eval.tables import Table, is_picture_column
@@ -99,7 +100,7 @@ def _video_options(row: Row, settings: Settings) -> dict[str, Any]:
     if settings.num_frames:
         chosen = {"num_frames": settings.num_frames, "spacing": settings.spacing}
     if "start" in row and row.get("bound") not in (False, "False"):  # MVBench's
-        chosen["span"] = (float(row["start"]), float(row["end"]))
+        chosen["span"] = (_seconds(row, "start"), _seconds(row, "end"))
     if row.get("data_type") == "frame":
         chosen["frame_rate"] = 3.0  # MVBench's folders of frames
     return {
@@ -108,3 +109,14 @@ def _video_options(row: Row, settings: Settings) -> dict[str, Any]:
         "min_pixels": settings.min_pixels,
         "max_pixels": settings.max_pixels,
     }
+
+
+def _seconds(row: Row, column: str) -> float:
+    said = need(row, column)
+    try:
+        seconds = float(said)
+    except (TypeError, ValueError, OverflowError):
+        seconds = math.nan
+    if not math.isfinite(seconds):
+        raise InputError(f"{column} {said!r}: not a number of seconds")
+    return seconds

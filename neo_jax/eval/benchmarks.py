@@ -112,7 +112,7 @@ TABLE = (
     ),
     _choice(
         "mme", "MME", "MME", adapt=hub.yes_no,
-        ask=prompts.one_word, judge=yes_no.judge, summarise=yes_no.summarise_mme,
+        ask=prompts.one_word, judge=yes_no.judge_mme, summarise=yes_no.summarise_mme,
         note="Points, at most 2800, not percent.",
     ),
     _spatial("mindcube", "MindCube-tiny", "MindCubeBench_tiny_raw_qa", "category", (77.2, 90.0)),
@@ -140,7 +140,8 @@ TABLE = (
     ),
     _spatial(
         "3dsr", "3DSRBench", "3DSRBench", "category", (52.9, 61.7),
-        judge=choice.judge, summarise=choice.summarise_3dsr, source=f"{_KIT}/VLMEval/3DSRBench.tsv",
+        judge=choice.judge_3dsr, summarise=choice.summarise_3dsr,
+        source=f"{_KIT}/VLMEval/3DSRBench.tsv",
         note="The paper does not say which of the four settings its score is.",
     ),
     _spatial("embspatial", "EmbSpatial", "EmbSpatialBench", "data_source", (63.8, 78.8)),

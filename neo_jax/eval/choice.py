@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from neo_jax.errors import InputError
 from neo_jax.eval.matching import REFUSED, option_letter
-from neo_jax.eval.rows import Row, columns_of_options, options, right_answer, text
+from neo_jax.eval.rows import Row, columns_of_options, need, options, right_answer, text
 from neo_jax.eval.summary import Judged, Metric, Verdict, by_column, mean
 
 _ABBREVIATIONS = {
@@ -27,8 +27,15 @@ def judge(row: Row, answer: str) -> Verdict:
 
 def judge_circular(row: Row, answer: str) -> Verdict:
     """As `judge`; the index says which question the row is an order of."""
-    if not str(row.get("index", "")).isdecimal():
-        raise InputError(f"index {row.get('index')!r}: not a number")
+    for column, number in {"index": row.get("index"), "g_index": row.get("g_index", 0)}.items():
+        if not str(number).isdecimal():
+            raise InputError(f"{column} {number!r}: not a number")
+    return judge(row, answer)
+
+
+def judge_3dsr(row: Row, answer: str) -> Verdict:
+    """As `judge`; the qid says which question the row is an order or mirror image of."""
+    need(row, "qid")
     return judge(row, answer)
 
 

@@ -54,6 +54,9 @@ def add(commands, add_model_options) -> None:
     parser.add_argument("--slots", type=int, default=8, help="requests that run at once")
     parser.add_argument("--max-length", type=int, help="tokens of a prompt and its answer")
     parser.add_argument("--kv-dtype", choices=("bfloat16", "float32", "int8"))
+    parser.add_argument(
+        "--pod", action="store_true", help="one host of a pod: ask the cloud who the others are"
+    )
     parser.add_argument("settings", nargs="*", metavar="name=value")
 
 
@@ -82,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     }
     plan.files()  # what is missing is said before anything is loaded or written
     config = pod.config_of(args.model)
-    hosts = pod.join()
+    hosts = pod.join(args.pod)
     with contextlib.ExitStack() as bars:
         scored = evaluate(plan, model, _server(args, config, hosts), hosts, _progress(bars, hosts))
     return _end(scored, args.out) if hosts.index == 0 else 0

@@ -16,7 +16,7 @@ _FORMULAS = "Handwritten Mathematical Expression Recognition"
 
 def judge_anls(row: Row, answer: str) -> Verdict:
     """One less the edit distance by length to the nearest answer, or 0 below a half."""
-    score = max(1 - _distance(truth, answer) for truth in _truths(row))
+    score = max((1 - _distance(truth, answer) for truth in _truths(row)), default=0.0)
     return Verdict(score if score >= _ANLS_THRESHOLD else 0.0, answer)
 
 
@@ -52,7 +52,7 @@ def judge_vqa(row: Row, answer: str) -> Verdict:
     truths = [vqa_answer(truth) for truth in _truths(row)]
     same = truths.count(said)
     scores = [min(1, (same - (truth == said)) / _AGREEING) for truth in truths]
-    return Verdict(sum(scores) / len(scores), said)
+    return Verdict(sum(scores) / max(1, len(scores)), said)
 
 
 def judge_ocrbench(row: Row, answer: str) -> Verdict:

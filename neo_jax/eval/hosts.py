@@ -1,7 +1,6 @@
 """Several hosts as one run: who asks what, and what each has, known to all."""
 
 import dataclasses
-import os
 from pathlib import Path
 
 import jax
@@ -9,8 +8,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from neo_jax import hosts
 from neo_jax.config import ModelConfig
-from neo_jax.errors import InputError
 from neo_jax.sharding import make_mesh
 from neo_jax.weights.checkpoint import find_checkpoint
 from neo_jax.weights.published import open_published
@@ -36,22 +35,9 @@ class Hosts:
         ]
 
 
-def join() -> Hosts:
-    """Joins the other processes, if this is one of several: on a pod, or as the variables say.
-
-    JAX_COORDINATOR_ADDRESS (host:port of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
-    """
-    if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
-        try:
-            count, number = (int(os.environ[f"JAX_{n}"]) for n in ("NUM_PROCESSES", "PROCESS_ID"))
-        except (KeyError, ValueError) as error:
-            raise InputError(
-                "JAX_COORDINATOR_ADDRESS is set: set JAX_NUM_PROCESSES and JAX_PROCESS_ID to "
-                "numbers too"
-            ) from error
-        jax.distributed.initialize(address, count, number)
-    elif "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
-        jax.distributed.initialize()  # it asks the cloud
+def join(is_pod: bool = False) -> Hosts:
+    """Joins the other processes, if this is one of several (`neo_jax.hosts.join`)."""
+    hosts.join(is_pod)
     return Hosts(jax.process_index(), jax.process_count())
 
 

@@ -40,7 +40,7 @@ def _with_letter(row: dict[str, Any]) -> dict[str, Any]:
         return row | {"answer": answer[1]}
     choices = listed(row["options"]) if "options" in row else []
     is_number = isinstance(answer, int) or (isinstance(answer, str) and answer.isdecimal())
-    if is_number and str(answer) not in choices and int(answer) < len(choices):
+    if is_number and str(answer) not in choices and 0 <= int(answer) < len(choices):
         return row | {"answer": string.ascii_uppercase[int(answer)]}
     return row
 
@@ -59,9 +59,9 @@ def yes_no(row: dict[str, Any]) -> dict[str, Any]:
 def mmmu(row: dict[str, Any]) -> dict[str, Any]:
     """Split and subject are in the id: validation_Art_3."""
     row = standard(row)
-    split, *subject = str(row.get("id", "")).split("_")[:-1]
+    split, _, subject = str(row.get("id", "")).rpartition("_")[0].partition("_")
     if subject and "split" not in row:
-        row |= {"split": split, "category": row.get("category", " ".join(subject))}
+        row |= {"split": split, "category": row.get("category", subject.replace("_", " "))}
     return row
 
 

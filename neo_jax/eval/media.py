@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,12 +57,13 @@ def _decoded(text: str) -> bytes:
         raise InputError(f"image: bad base64: {error}") from error
 
 
+# os.path.exists, not Path.exists: that raises for a name that no file system has.
 def _found(path: str, folders: Sequence[Path]) -> str:
     places = [folder / path.strip().lstrip("/") for folder in folders]
     if Path(path).is_absolute():
         places.insert(0, Path(path))
     for place in places:
-        if place.exists():
+        if os.path.exists(place):
             return str(place)
     raise InputError(f"{path}: not in {', '.join(map(str, folders))}: see --media")
 
@@ -77,7 +79,7 @@ def video(names: Sequence[str], folders: Sequence[Path]) -> str:
             for base in (folder, folder / "videos", folder / "video", folder / "data"):
                 place = base / name.lstrip("/")
                 for path in (place, *(place.with_name(place.name + end) for end in VIDEOS)):
-                    if path.exists():
+                    if os.path.exists(path):
                         return str(path)
     tried = " or ".join(dict.fromkeys(names))
     raise InputError(f"video {tried}: not in {', '.join(map(str, folders))}: see --media")

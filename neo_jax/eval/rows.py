@@ -59,7 +59,7 @@ def listed(value: Any) -> list[str]:
         for parse in (ast.literal_eval, json.loads):
             try:
                 found = parse(value)
-            except (ValueError, SyntaxError, MemoryError, RecursionError):
+            except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
                 continue
             if isinstance(found, list):
                 return [str(item) for item in found]

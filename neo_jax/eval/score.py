@@ -10,7 +10,7 @@ from neo_jax.errors import InputError
 from neo_jax.eval.benchmark import Benchmark
 from neo_jax.eval.benchmarks import BENCHMARKS
 from neo_jax.eval.predictions import LEFT_OUT, SETTINGS, TIMES, read_answers
-from neo_jax.eval.rows import answer_of
+from neo_jax.eval.rows import answer_of, listed
 from neo_jax.eval.summary import Judged, Metric, Verdict
 
 
@@ -63,13 +63,17 @@ def score(folder: Path) -> Scored:
         if problem["problem"] and problem["problem"].endswith(LEFT_OUT):
             problems.append(problem)
             continue
+        if not row:  # the file is damaged there: nothing says what would be right
+            problems.append(problem | {"problem": f"left out: {problem['problem']}"})
+            continue
         said = answer_of(row, None if "error" in answer else answer["text"])
         try:
             verdict = benchmark.judge(row, said)
         except InputError as error:
             problems.append(problem | {"problem": f"left out, cannot be scored: {error}"})
             continue
-        if problem["problem"] is None and "answer" not in row and "correct_choice" not in row:
+        has_answer = "correct_choice" in row or listed(row.get("answer", []))
+        if problem["problem"] is None and not has_answer:
             problem["problem"] = "no right answer in the file"
         if problem["problem"]:
             problems.append(problem)

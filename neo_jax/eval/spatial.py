@@ -96,10 +96,6 @@ def judge_vsi(row: Row, answer: str) -> Verdict:
     raise InputError(f"question_type {kind!r}: use {', '.join(_VSI_NUMBERS + _VSI_LETTERS)}")
 
 
-def is_vsi_number(row: Row) -> bool:
-    return row.get("question_type") in _VSI_NUMBERS
-
-
 def summarise_vsi(judged: Sequence[Judged]) -> list[Metric]:
     """The mean over kinds of question; the levels of direction are one kind, if all are there."""
     kinds = [one.row["question_type"] for one in judged]

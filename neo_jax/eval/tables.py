@@ -196,9 +196,18 @@ class ParquetTable(Table):
     def row(self, number: int) -> dict[str, Any]:
         for group, size in enumerate(self._sizes):
             if number < size:
-                return make_row(self._group(group).slice(number, 1).to_pylist()[0])
+                return make_row(self._cells(group, number))
             number -= size
         raise IndexError(number)
+
+    def _cells(self, group: int, number: int) -> dict[str, Any]:
+        try:
+            return self._group(group).slice(number, 1).to_pylist()[0]
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
+            raise InputError(
+                f"{self.path}: row {number} of group {group} cannot be read: {error}: replace the "
+                "file, then --retry-errors"
+            ) from error
 
 
 class JsonTable(Table):
@@ -207,13 +216,7 @@ class JsonTable(Table):
     def __init__(self, path: Path):
         super().__init__(path)
         text = path.read_text(encoding="utf-8-sig")
-        try:
-            if path.suffix == ".json":
-                self._rows = json.loads(text)
-            else:
-                self._rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-        except ValueError as error:
-            raise InputError(f"{path}: not JSON: {error}") from error
+        self._rows = _parsed(text, path) if path.suffix == ".json" else _json_lines(text, path)
         if not isinstance(self._rows, list) or not all(isinstance(r, dict) for r in self._rows):
             raise InputError(f"{path}: not a list of JSON objects")
         self.columns = list(dict.fromkeys(name for row in self._rows for name in row))
@@ -223,6 +226,23 @@ class JsonTable(Table):
 
     def row(self, number: int) -> dict[str, Any]:
         return make_row(self._rows[number])
+
+
+def _json_lines(text: str, path: Path) -> list[Any]:
+    # Not splitlines: it also splits at U+2028 and the like, which JSON may hold as they are.
+    lines = enumerate(text.split("\n"), 1)
+    return [_parsed(line, path, number) for number, line in lines if line.strip()]
+
+
+def _parsed(text: str, path: Path, first: int = 1) -> Any:
+    """The JSON that begins in line `first` of a file."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"{path}:{first + error.lineno - 1}"
+        raise InputError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
+    except ValueError as error:  # an integer of too many digits
+        raise InputError(f"{path}:{first}: cannot be read: {error}") from error
 
 
 def resolve(table: Table, cell: Any) -> Any:

@@ -1,11 +1,10 @@
 """Questions about videos: the first capital letter, or the rules of MVBench, MLVU and VideoMMMU."""
 
-from collections.abc import Sequence
-
+from neo_jax.errors import InputError
 from neo_jax.eval.matching import REFUSED, first_letter, lettered, mentioned_option, option_letter
 from neo_jax.eval.normalise import open_answers, text_or_number
 from neo_jax.eval.rows import Row, listed, need, options, right_answer
-from neo_jax.eval.summary import Judged, Metric, Verdict, by_column, mean
+from neo_jax.eval.summary import Verdict
 
 NO_ANSWER = "nan"  # what an empty prediction is read as
 
@@ -19,7 +18,11 @@ def judge_letter(row: Row, answer: str, letters: str = "ABCD") -> Verdict:
 def judge_long_video(row: Row, answer: str) -> Verdict:
     """As `judge_letter` with five options; the right one may be given by its number."""
     if "correct_choice" in row:
-        row = {**row, "answer": chr(ord("A") + int(row["correct_choice"]))}
+        try:
+            row = {**row, "answer": chr(ord("A") + int(row["correct_choice"]))}
+        except (TypeError, ValueError, OverflowError) as error:
+            said = row["correct_choice"]
+            raise InputError(f"correct_choice {said!r}: not the number of an option") from error
     return judge_letter(row, answer, "ABCDE")
 
 
@@ -83,12 +86,3 @@ def judge_video_mmmu(row: Row, answer: str) -> Verdict:
     # The official scorer reads its list of meanings back as one text and goes through its letters.
     fault = "a right open answer is lost in the official scorer's own file" if is_right else ""
     return Verdict(0.0, sorted(map(str, said)), fault)
-
-
-def by_columns(judged: Sequence[Judged], *columns: str) -> list[Metric]:
-    """All rows, then each value of each column, named by its column where there are several."""
-    found = [mean("overall", [one.verdict.score for one in judged])]
-    for column in columns:
-        name = "{}" if len(columns) == 1 else f"{column.replace('_', ' ')}: {{}}"
-        found += by_column(judged, column, name)
-    return found

@@ -6,7 +6,7 @@ import numpy as np
 
 from neo_jax.errors import InputError
 from neo_jax.eval.matching import yes_or_no
-from neo_jax.eval.rows import Row, right_answer, text
+from neo_jax.eval.rows import Row, need, right_answer, text
 from neo_jax.eval.summary import Judged, Metric, Verdict, mean, of_sums
 
 _PERCEPTION = (
@@ -27,6 +27,12 @@ def judge_hallusion(row: Row, answer: str) -> Verdict:
     return judge(row, answer)
 
 
+def judge_mme(row: Row, answer: str) -> Verdict:
+    """As `judge`; the category says which points the row adds to."""
+    need(row, "category")
+    return judge(row, answer)
+
+
 def summarise_pope(judged: Sequence[Judged]) -> list[Metric]:
     """F1 of "Yes", accuracy, precision and recall; a row counts once for each of its categories."""
     parts = [str(one.row.get("category", "")).split(",") for one in judged]
@@ -41,7 +47,7 @@ def summarise_pope(judged: Sequence[Judged]) -> list[Metric]:
 def _f1(prefix: str, rows: list[tuple[Judged, int]]) -> list[Metric]:
     columns = np.zeros((len(rows), 5))  # true positives, false ones, missed, right, all
     for place, (one, times) in enumerate(rows):
-        is_yes, said_yes = one.row["answer"] == "Yes", one.verdict.said == "Yes"
+        is_yes, said_yes = right_answer(one.row) == "Yes", one.verdict.said == "Yes"
         kinds = (is_yes and said_yes, said_yes and not is_yes, is_yes and not said_yes)
         columns[place] = times * np.array([*kinds, one.verdict.score, 1])
     count = sum(times for _, times in rows)
