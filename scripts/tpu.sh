@@ -1,19 +1,18 @@
 #!/usr/bin/env bash
 # Runs one command of this project on every host of a TPU VM, pod or multislice; see docs/tpu.md.
 #
-#   scripts/tpu.sh setup                        installs the project on all hosts
-#   scripts/tpu.sh run configs/neo_ov_9b_sft.py --pod v5e-256 start=... workdir=gs://... ...
+#   scripts/tpu.sh setup                        installs the project on all hosts, or its newest state
+#   scripts/tpu.sh run train.py configs/neo_ov_9b_sft.py --pod v5e-256 start=... workdir=gs://...
+#   scripts/tpu.sh run infer.py eval --pod --model ... --bench ... --data ... --out ...
 #   scripts/tpu.sh log [LINES]                  the last lines of host 0
-#   scripts/tpu.sh stop                         SIGTERM: all hosts save their step and end
+#   scripts/tpu.sh stop                         SIGTERM: in training all hosts save their step and end
 #
-# Needs TPU_NAME and ZONE, and SOURCE, what pip installs (a git URL or a gs:// wheel), for setup. With
-# SLICES=n, TPU_NAME is the prefix of the n slices' names.
+# Needs TPU_NAME and ZONE, and for setup SOURCE, a git URL of this project. With SLICES=n, TPU_NAME is
+# the prefix of the n slices' names. LIBTPU_INIT_ARGS and JAX_COMPILATION_CACHE_DIR are handed on.
 set -euo pipefail
 
 : "${TPU_NAME:?name of the TPU, or with SLICES the prefix of its slices names}" "${ZONE:?its zone}"
 readonly FOLDER=neo_jax
-# The compiler's flags for each chip: python -c "from neo_jax.plan.chips import CHIPS; print(CHIPS['v5e'].libtpu_args)"
-readonly FLAGS=${LIBTPU_INIT_ARGS:-}
 
 names() {
   if [[ -n ${SLICES:-} ]]; then seq -f "${TPU_NAME}-%.0f" 0 $((SLICES - 1)); else echo "$TPU_NAME"; fi
@@ -32,16 +31,23 @@ everywhere() { # COMMAND: on all hosts of all slices at once
 case ${1:-} in
   setup)
     : "${SOURCE:?a git URL of this project}"
-    everywhere "test -d $FOLDER || git clone '$SOURCE' $FOLDER
-      cd $FOLDER && python3 -m venv .venv && .venv/bin/pip install --quiet --upgrade pip &&
-      .venv/bin/pip install --quiet --editable '.[tpu]'"
+    # The images' own Python may be too old; uv brings one.
+    everywhere "set -e
+      if test -d $FOLDER; then git -C $FOLDER pull --quiet --ff-only; else git clone '$SOURCE' $FOLDER; fi
+      cd $FOLDER
+      python3 -m pip install --quiet --user uv
+      test -d .venv || python3 -m uv venv --quiet --python '>=3.11,<3.14' .venv
+      python3 -m uv pip install --quiet --python .venv/bin/python --editable '.[tpu]'"
     ;;
   run)
     shift
-    # The run goes on when the connection ends; each host keeps its process id and its log.
-    everywhere "cd $FOLDER && nohup env LIBTPU_INIT_ARGS='$FLAGS' \
-      JAX_COMPILATION_CACHE_DIR='${JAX_COMPILATION_CACHE_DIR:-}' \
-      .venv/bin/python train.py $(printf '%q ' "$@") > run.log 2>&1 < /dev/null & echo \$! > $FOLDER/run.pid"
+    # It goes on when the connection ends; each host keeps its process id and its log. The last
+    # command of the list alone runs in the background, so that its id is the program's own.
+    everywhere "cd $FOLDER || exit 1
+      nohup env LIBTPU_INIT_ARGS='${LIBTPU_INIT_ARGS:-}' \
+        JAX_COMPILATION_CACHE_DIR='${JAX_COMPILATION_CACHE_DIR:-}' \
+        .venv/bin/python $(printf '%q ' "$@") > run.log 2>&1 < /dev/null &
+      echo \$! > run.pid"
     ;;
   log)
     gcloud compute tpus tpu-vm ssh "$(names | head -1)" --zone="$ZONE" --worker=0 \
@@ -51,7 +57,7 @@ case ${1:-} in
     everywhere "kill -TERM \$(cat $FOLDER/run.pid)"
     ;;
   *)
-    sed -n '2,11s/^# \{0,1\}//p' "$0"
+    sed -n '2,12s/^# \{0,1\}//p' "$0"
     exit 2
     ;;
 esac
