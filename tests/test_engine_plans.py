@@ -1,10 +1,14 @@
 """What an engine settles before it answers: memory, shapes, a request's tokens and pixels."""
 
+import os
+
+import jax
 import numpy as np
+import pytest
 from conftest import GOLDEN, arrays, load_case, raises, read_json
 
 from neo_jax import Request
-from neo_jax.infer import shapes
+from neo_jax.infer import memory, shapes
 from neo_jax.infer.memory import fitting_length
 
 
@@ -21,6 +25,27 @@ def test_memory_is_checked_before_anything_is_compiled():
         neo.engine(kv_dtype="int4")
     with raises("slots, prefill_budget and workers"):
         neo.engine(slots=0)
+
+
+@pytest.mark.parametrize("meminfo", ["MemFree: 9 kB\nMemAvailable:   1000000 kB\n", "", None])
+def test_free_memory_of_a_host(meminfo, monkeypatch, tmp_path):
+    """On Linux with the pages of files that were read; elsewhere all but the parameters."""
+
+    def sysconf(name):
+        if name not in (pages := {"SC_PHYS_PAGES": 10**6, "SC_PAGE_SIZE": 4096}):
+            raise ValueError("unrecognized configuration name")  # as macOS of free pages
+        return pages[name]
+
+    monkeypatch.setattr(os, "sysconf", sysconf)
+    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
+    if meminfo is not None:
+        (tmp_path / "meminfo").write_text(meminfo)
+    neo = load_case("generate")
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(neo.params))
+    free = 1000000 * 1024 if meminfo else 10**6 * 4096 - held
+    arguments = (neo.config, neo.params, neo.mesh, 4096, "float32", 40960)
+    with raises(f"{free * 0.85 / 1e9:.2f} GB are free"):
+        fitting_length(*arguments)
 
 
 def test_planned_shapes_cover_what_can_be_asked():

@@ -9,7 +9,7 @@ An answer does not depend on what runs beside it: each row computes with its own
 
 import collections
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -23,7 +23,7 @@ from neo_jax.data.tokenizer import NeoTokenizer
 from neo_jax.errors import InputError
 from neo_jax.infer import programs, sampling, shapes
 from neo_jax.infer.memory import fitting_length
-from neo_jax.infer.prepare import Preparer
+from neo_jax.infer.prepare import Prepared, Preparer
 from neo_jax.infer.request import Request, Result
 from neo_jax.infer.slots import Running, Slot, choose
 from neo_jax.infer.waiting import Queue
@@ -77,7 +77,7 @@ class Engine:
         self.slots = self._slots_per_device * self._devices
         self.max_length = fitting_length(config, params, mesh, self.slots, kv_dtype, max_length)
         self._budget, self._reuse, self._workers = prefill_budget, reuse_prefixes, workers
-        self._prepare = prepare
+        self._prepare, self._is_busy = prepare, False
         self._clock = itertools.count()
         self._slots = [
             Slot(device, number, np.zeros(0, np.int64))
@@ -116,16 +116,31 @@ class Engine:
             if result:
                 yield index, result
 
-    def events(self, requests: Iterable[Request]) -> Iterator[Event]:
-        """Yields (number, answer so far, result or None) at each token."""
+    def events(
+        self, requests: Iterable[Request], prepare: Callable[[Request], Prepared] | None = None
+    ) -> Iterator[Event]:
+        """Yields (number, answer so far, result or None) at each token.
+
+        Args:
+          prepare: in place of the engine's own, for requests that are prepared already.
+
+        Raises:
+          InputError: while another iterator is under way: both would drive the same slots.
+        """
+        if self._is_busy:
+            raise InputError(
+                "the engine is still answering other requests: finish or close their iterator first"
+            )
         with ThreadPoolExecutor(self._workers) as threads:
-            queue = Queue(requests, self._prepare, threads, 2 * self.slots)
+            queue = Queue(requests, prepare or self._prepare, threads, 2 * self.slots)
+            self._is_busy = True
             try:
                 yield from self._loop(queue)
             finally:
                 queue.cancel()
                 for slot in self._slots:  # an abandoned run's slots are free again
                     slot.running = None
+                self._is_busy = False
 
     def _loop(self, queue: Queue) -> Iterator[Event]:
         ordered: collections.deque = collections.deque()  # (tokens on the device, whose they are)
@@ -209,7 +224,7 @@ class Engine:
             row = running.slot.device * chunk.rows + first
             for row, begin in enumerate(range(start, stop, shapes.ROW), row):  # noqa: B020
                 end = min(begin + shapes.ROW, stop)
-                examples[row] = _part(running.prepared.example, begin, end)
+                examples[row] = running.part(begin, end)
                 slot_r[row], start_r[row] = running.slot.number, begin
                 end_rt[row, : end - begin] = running.ends[begin:end]
             if stop == running.length:
@@ -283,15 +298,3 @@ _EMPTY = Example(
     patches=np.zeros((0, PATCH_CHANNELS), np.uint8),
     patch_hw=np.zeros((0, 2), np.int32),
 )
-
-
-def _part(example: Example, start: int, stop: int) -> Example:
-    """Some tokens of a prompt, with their patches."""
-    first, last = (4 * int(example.is_image[:place].sum()) for place in (start, stop))
-    return Example(
-        example.tokens[start:stop],
-        example.thw[start:stop],
-        example.is_image[start:stop],
-        example.patches[first:last],
-        example.patch_hw[first:last],
-    )

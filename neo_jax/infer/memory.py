@@ -1,6 +1,9 @@
 """How much context fits: the cache's size against the memory that is free."""
 
+import contextlib
 import os
+import re
+from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
@@ -14,6 +17,7 @@ _RESERVED_SHARE = 0.15
 # Longer rows slow every step on a CPU, where nothing but memory is gained by filling it.
 _CPU_LENGTH = 4096
 _LEAST_LENGTH = 256
+_MEMINFO = Path("/proc/meminfo")
 
 
 def fitting_length(
@@ -35,8 +39,9 @@ def fitting_length(
       InputError: when they do not fit, with the numbers and what to change.
     """
     device = mesh.devices.flat[0]
+    parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     if free_bytes is None:
-        free_bytes = _free_bytes(device, mesh.size)
+        free_bytes = _free_bytes(device, mesh.size, parameters)
     usable = free_bytes * (1 - _RESERVED_SHARE)
     per_token = num_bytes(c, kv_dtype) * slots / mesh.size
     fits, context = int(usable / per_token), c.max_position_embeddings
@@ -46,19 +51,26 @@ def fitting_length(
         wanted = min(context, _CPU_LENGTH) if device.platform == "cpu" else min(context, fits)
         wanted = max(wanted, min(context, _LEAST_LENGTH))
     if wanted > fits:
-        held = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / mesh.size
         raise InputError(
             f"{slots} slots of {wanted} tokens need {per_token * wanted / 1e9:.2f} GB of cache on "
-            f"each device ({kv_dtype}); beside {held / 1e9:.2f} GB of parameters "
+            f"each device ({kv_dtype}); beside {parameters / mesh.size / 1e9:.2f} GB of parameters "
             f"{usable / 1e9:.2f} GB are free: lower slots or max_length (up to {fits} would fit), "
             "use kv_dtype int8, or more devices"
         )
     return wanted
 
 
-def _free_bytes(device: jax.Device, num_devices: int) -> int:
+def _free_bytes(device: jax.Device, num_devices: int, parameters: int) -> int:
     statistics = device.memory_stats()
     if statistics and "bytes_limit" in statistics:
         return statistics["bytes_limit"] - statistics["bytes_in_use"]
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return available // num_devices
+    return _free_host_bytes(parameters) // num_devices
+
+
+def _free_host_bytes(parameters: int) -> int:
+    with contextlib.suppress(OSError):
+        # Not the free pages: those of a file that was read, such as a checkpoint, are not among
+        # them, but are given away when they are needed.
+        if found := re.search(r"^MemAvailable: *(\d+) kB", _MEMINFO.read_text(), re.MULTILINE):
+            return int(found[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") - parameters  # as on macOS

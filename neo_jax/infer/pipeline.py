@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import functools
 import os
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from neo_jax.data.image import ImageSource
 from neo_jax.data.tokenizer import NeoTokenizer
 from neo_jax.data.video import VideoSource
 from neo_jax.errors import InputError
-from neo_jax.infer.engine import Engine
+from neo_jax.infer.engine import Engine, Event
 from neo_jax.infer.prepare import Preparer
 from neo_jax.infer.request import Request, Result
 from neo_jax.infer.sampling import Sampling
@@ -38,6 +39,7 @@ class Pipeline:
     tokenizer: NeoTokenizer
     mesh: Mesh
     _kept: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    _stream: weakref.ref | None = dataclasses.field(default=None, repr=False, compare=False)
 
     @functools.cached_property
     def _prepare(self) -> Preparer:
@@ -127,13 +129,14 @@ class Pipeline:
           history: earlier (question, answer) turns; their marks take the first images.
           system: system prompt.
           min_pixels, max_pixels: area of each resized image; default: the checkpoint's.
-          stream: yield the answer in pieces instead.
+          stream: yield the answer in pieces instead; the next call ends it if it is unfinished.
           **sampling: fields of `Sampling`: max_new_tokens, temperature (0: greedy), top_k, top_p,
             repetition_penalty, seed, stop and so on.
 
         Raises:
           InputError: for an unreadable picture, marks that do not match the pictures, a setting
-            out of range, or a prompt that with its answer exceeds the model's context.
+            out of range, a prompt that with its answer exceeds the model's context, or while the
+            engine answers the requests of a `serve` that is neither finished nor closed.
         """
         if images is None or isinstance(images, ImageSource):
             images = () if images is None else (images,)
@@ -149,8 +152,9 @@ class Pipeline:
             video_options=video_options or {},
         )
         # Prepared here, so that what is wrong with it is said before the first piece.
-        length = len(self._prepare(request).identity)
-        pieces = _pieces(self._engine_for(length, request.sampling.max_new_tokens), request)
+        prepared = self._prepare(request)
+        engine = self._engine_for(len(prepared.identity), request.sampling.max_new_tokens)
+        pieces = self._pieces(engine.events([request], lambda _: prepared), request)
         return pieces if stream else "".join(pieces)
 
     def generate(self, requests: Iterable[Request], **engine_options: Any) -> list[Result]:
@@ -167,13 +171,17 @@ class Pipeline:
     ) -> Iterator[tuple[int, Result]]:
         """As `generate`, but yields (number of the request, result) as they finish.
 
-        Requests are taken from the iterable as they are needed.
+        Requests are taken from the iterable as they are needed. Until all are answered, or the
+        iterator is closed, the engine takes no others.
         """
-        return self.engine(**engine_options).run(requests)
+        engine = self.engine(**engine_options)
+        self._end_stream()
+        return engine.run(requests)
 
     def engine(self, **options: Any) -> Engine:
         """An engine with these options (see `Engine`). The last one is kept, with its cache."""
         if self._kept.get("options") != options:
+            self._end_stream()
             self._kept.clear()  # first, so that the memory of its cache is free
             _use_compilation_cache()
             engine = Engine(
@@ -193,6 +201,28 @@ class Pipeline:
         if self._kept and self._kept["engine"].max_length >= needed:
             return self._kept["engine"]
         return self.engine(slots=1, max_length=min(bucket(needed), limit))
+
+    def _pieces(self, events: Iterator[Event], request: Request) -> Iterator[str]:
+        """Text of one answer as it comes; the pieces' join is the result's text."""
+        self._end_stream()
+        self._stream = weakref.ref(events)
+        said, result = "", None
+        for _, answer, result in events:
+            if result and result.error:
+                raise InputError(result.error)
+            text = result.text if result else _certain(answer.text, request.sampling.stop)
+            if len(text) > len(said):
+                yield text[len(said) :]
+                said = text
+        if result is None:
+            raise InputError(
+                "a later call has ended this answer: read a stream to its end before the next call"
+            )
+
+    def _end_stream(self) -> None:
+        """Frees the engine of a streamed answer that was left; going on with it is an error."""
+        if self._stream and (events := self._stream()):
+            events.close()
 
     def _example(self, token_ids, pixel_values, grid_hw) -> Example:
         if (pixel_values is None) != (grid_hw is None):
@@ -274,18 +304,6 @@ def _padded(example: Example, mesh: Mesh) -> dict:
     """An example alone in a batch of its bucket's shape, on the mesh."""
     length = bucket(len(example.tokens))
     return to_device(collate([example], length, 4 * length * bool(len(example.patches))), mesh)
-
-
-def _pieces(engine: Engine, request: Request) -> Iterator[str]:
-    """Text of one answer as it comes; the pieces' join is the result's text."""
-    said = ""
-    for _, answer, result in engine.events([request]):
-        if result and result.error:
-            raise InputError(result.error)
-        text = result.text if result else _certain(answer.text, request.sampling.stop)
-        if len(text) > len(said):
-            yield text[len(said) :]
-            said = text
 
 
 def _certain(text: str, stops: Sequence[str]) -> str:

@@ -5,6 +5,7 @@ import functools
 
 import numpy as np
 
+from neo_jax.data.example import Example
 from neo_jax.infer.prepare import Prepared
 from neo_jax.infer.sampling import Answer
 
@@ -52,6 +53,18 @@ class Running:
             before = _picture_start(is_image, stop)
             stop = before if before > start else _picture_stop(is_image, stop)
         return start, stop
+
+    def part(self, start: int, stop: int) -> Example:
+        """Some tokens of the prompt, with their patches."""
+        example = self.prepared.example
+        first, last = (4 * int(example.is_image[:place].sum()) for place in (start, stop))
+        return Example(
+            example.tokens[start:stop],
+            example.thw[start:stop],
+            example.is_image[start:stop],
+            example.patches[first:last],
+            example.patch_hw[first:last],
+        )
 
 
 @dataclasses.dataclass(eq=False)
