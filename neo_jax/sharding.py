@@ -67,7 +67,7 @@ def make_mesh(
     """A mesh of (data, fsdp, tensor) or (data, fsdp, tensor, context).
 
     Args:
-      shape: the sizes. Default: as much `tensor` as the local devices and
+      shape: the sizes. Default: as much `tensor` as this process's devices and
         `num_key_value_heads` allow, which is the fastest for one request at a time.
       devices: default: the first that `shape` needs.
       num_key_value_heads: of the model that will run; bounds the default `tensor` size.
@@ -75,7 +75,9 @@ def make_mesh(
     Raises:
       InputError: when there are too few devices.
     """
-    devices = list(jax.devices() if devices is None else devices)
+    if devices is None:
+        devices = jax.local_devices() if shape is None else jax.devices()
+    devices = list(devices)
     if shape is None:
         shape = (1, 1, math.gcd(len(devices), num_key_value_heads or 1))
     if (count := math.prod(_four(shape))) > len(devices):
@@ -137,6 +139,11 @@ def describe(mesh: Mesh) -> str:
 def batch_rows(mesh: Mesh) -> int:
     """A batch has a multiple of this many rows."""
     return math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+def row_parts(mesh: Mesh) -> int:
+    """Into how many parts rows are split, when they are trained on."""
+    return mesh.shape[AXES["time"]]
 
 
 def put(array, mesh: Mesh, *names: str | None) -> jax.Array:

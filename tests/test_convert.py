@@ -92,6 +92,30 @@ def test_one_element_lists_of_a_config_become_numbers(tmp_path):
     assert json.loads((tmp_path / "back/config.json").read_text()) == config
 
 
+def test_an_exported_config_is_of_the_model_whatever_lies_beside_it(converted, tmp_path):
+    """A tokenizer's directory may hold another model's: a Qwen3's, or a deeper and wider NEO's."""
+    ours = shutil.copytree(converted, tmp_path / "ours")
+    published = json.loads((GOLDEN / "multi_image/hf/config.json").read_text())
+    llm, vision = published["llm_config"], published["vision_config"]
+    wide = llm | {"hidden_size": 96, "vocab_size": 999, "layer_types": ["full_attention"] * 9}
+    deep = llm | {"num_hidden_layers": 9, "extra_num_layers": 4}
+    others = [
+        json.loads((GOLDEN / "qwen3_init/untied/qwen3/config.json").read_text()),
+        published | {"llm_config": wide, "vision_config": vision | {"llm_hidden_size": 96}},
+        published | {"llm_config": deep},
+    ]
+    c, written = load_case("multi_image").config, tmp_path / "hf/config.json"
+    for other in others:
+        (ours / "config.json").write_text(json.dumps(other))
+        run(to_hf, ours, written.parent, "--overwrite")
+        assert json.loads(written.read_text()) == c.to_hf("bfloat16")
+    assert neo_jax.load(written.parent, dtype="float32", mesh=(1, 1, 1)).config == c
+    kept = published | {"llm_config": llm | {"eos_token_id": 7}, "ours_does_not_know": 1}
+    (ours / "config.json").write_text(json.dumps(kept))
+    run(to_hf, ours, written.parent, "--overwrite")
+    assert json.loads(written.read_text()) == kept
+
+
 def test_other_types(converted, tmp_path):
     run(to_hf, converted, tmp_path / "f32", "--dtype", "f32")
     wide = all_tensors(tmp_path / "f32")

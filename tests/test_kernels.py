@@ -14,7 +14,7 @@ from neo_jax.kernels.interval_attention import block_visits, interval_attention
 from neo_jax.kernels.intervals import intervals
 from neo_jax.kernels.norm_rope import norm_rope
 from neo_jax.model import cache
-from neo_jax.sharding import make_mesh, put, spec
+from neo_jax.sharding import make_mesh, put
 
 # rows, queries, keys, query heads, key heads, widths of keys and values, type
 SHAPES = [
@@ -48,7 +48,8 @@ def bounds_of(rng, rows, queries, keys):
     first = int(rng.integers(0, keys - queries + 1))
     start, end = start[:, first : first + queries], end[:, first : first + queries]
     sees_nothing = rng.random(start.shape) < rng.choice([0, 0.3])
-    return np.where(sees_nothing, 0, start), np.where(sees_nothing, 0, end)
+    # An interval is empty, too, where it ends before it starts.
+    return start, np.where(sees_nothing, rng.integers(0, start + 1), end)
 
 
 @functools.partial(jax.jit, static_argnums=6)
@@ -110,12 +111,19 @@ def test_the_same_on_a_mesh_with_visits_made_before(implementation, mesh):
         q, k, v = (put(array, mesh, "batch", None, "heads", None) for array in (q, k, v))
         start, end = (put(np.asarray(array), mesh, "batch", None) for array in bounds)
 
-        @jax.jit
-        def attend(q, k, v, start, end):
-            made = block_visits(start, end, 640, (128, 128), 4)
-            return interval_attention(q, k, v, start, end, 0.1, made, implementation)
+        weight = put(weight, mesh, "batch", None, "heads", None)
 
-        np.testing.assert_allclose(attend(q, k, v, start, end), wanted[0], atol=1e-5)
+        @jax.jit
+        def attend(q, k, v, start, end, weight):
+            def total(q, k, v):
+                made = block_visits(start, end, 640, (128, 128), 4)
+                z = interval_attention(q, k, v, start, end, 0.1, made, implementation)
+                return jnp.sum(weight * z), z
+
+            gradients, z = jax.grad(total, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+            return z, *gradients
+
+        assert_close(attend(q, k, v, start, end, weight), wanted, 1e-5)
 
 
 def test_the_lists_hold_what_is_seen_and_no_more():
@@ -207,8 +215,8 @@ def test_norms_and_rotation_in_one_kernel(groups, dtype):
     scale, angles = rng.normal(size=256).astype(np.float32), rng.normal(size=(2, 384, 128))
     rotary = np.float32(np.cos(angles)), np.float32(np.sin(angles))
 
-    @functools.partial(jax.jit, static_argnums=5)
-    def run(t, hw, scale, cos, sin, kernel):
+    @functools.partial(jax.jit, static_argnums=6)
+    def run(t, hw, scale, cos, sin, weight, kernel):
         def total(t, hw, scale):
             y = norm_rope(t, hw, scale, cos, sin, groups, 1e-6, kernel)
             return jnp.sum(weight * y.astype(jnp.float32)), y
@@ -216,17 +224,14 @@ def test_norms_and_rotation_in_one_kernel(groups, dtype):
         gradients, y = jax.grad(total, argnums=(0, 1, 2), has_aux=True)(t, hw, scale)
         return y, *gradients
 
-    wanted = run(t, hw, scale, *rotary, None)
-    found = run(t.astype(dtype), hw.astype(dtype), scale, *rotary, True)
+    wanted = run(t, hw, scale, *rotary, weight, None)
+    found = run(t.astype(dtype), hw.astype(dtype), scale, *rotary, weight, True)
     assert_close(found, wanted, 1e-5 if dtype == "float32" else 2e-2)
     with jax.set_mesh(mesh := make_mesh((2, 1, 2))):
         t, hw = (put(part, mesh, "batch", None, "heads", None) for part in (t, hw))
         rotary = (put(array, mesh, "batch", None, None) for array in rotary)
-        split = jax.jit(
-            lambda *arrays: norm_rope(*arrays, groups, 1e-6, True),
-            out_shardings=jax.NamedSharding(mesh, spec("batch", None, "heads", None)),
-        )
-        np.testing.assert_allclose(split(t, hw, scale, *rotary), wanted[0], atol=1e-5)
+        weight = put(weight, mesh, "batch", None, "heads", None)
+        assert_close(run(t, hw, scale, *rotary, weight, True), wanted, 1e-5)
 
 
 def test_what_cannot_be_done_is_said():

@@ -36,7 +36,7 @@ CONFIG = Config(
         mixture=str(CASE / "data.jsonl"), length=192, num_patches=256, rows=8,
         min_pixels=4096, max_pixels=16384, packing_rows=8,
     ),
-    optim=OptimConfig(peak_lr=1e-3, min_lr_ratio=1.0),
+    optim=OptimConfig(peak_lr=1e-3, min_lr_ratio=1.0, ema=0.5),
     steps=6, dtype="float32", mesh=(1, 1, 1), remat="none", log_every=1, save_every=2,
 )  # fmt: skip
 
@@ -234,12 +234,21 @@ def test_the_command_says_what_is_wrong(tmp_path, capsys):
         (["data.mixture=", f"workdir={tmp_path}/x"], "mixture is empty"),
         (["workdir="], "name a folder"),
         (["mesh=3,1,1", f"workdir={tmp_path}/x"], "does not divide 8 devices"),
+        (["mesh=0,1,1", f"workdir={tmp_path}/x"], "does not divide 8 devices"),
+        (["mesh=1,1,8", f"workdir={tmp_path}/x"], "does not divide"),
+        (["attention=pallas", f"workdir={tmp_path}/x"], "runs on TPUs"),
+        (["held_out=nowhere.jsonl", f"workdir={tmp_path}/x"], "nowhere.jsonl: no such file"),
         (["start=nowhere", f"workdir={tmp_path}/x"], "give either start"),
     ):
         assert command.main(arguments) == 2
         assert said in capsys.readouterr().err
     assert command.main(["--show", "steps=77"]) == 0
     assert '"steps": 77' in capsys.readouterr().out
+    pod = ["configs/neo_ov_2b_sft.py", "--pod", "v5e-256", "steps=78", "--show"]
+    assert command.main(pod) == 0
+    said = capsys.readouterr().out
+    assert '"steps": 78' in said
+    assert '"remat": "attention"' in said
 
 
 POD = """
@@ -249,6 +258,8 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.config.update("jax_compilation_cache_dir", {cache!r})
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 import dataclasses
 def get_config():
     import test_training_runs
@@ -257,20 +268,33 @@ def get_config():
 """
 
 
-def test_two_hosts_train_as_one(tmp_path):
-    """Each feeds its half of the rows; a single process that has all of them finds the same."""
-    script, workdir = tmp_path / "config.py", tmp_path / "run"
-    script.write_text(POD.format(root=str(ROOT), tests=str(ROOT / "tests")))
+def two_hosts(script, workdir):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     line = [sys.executable, str(ROOT / "train.py"), str(script), f"workdir={workdir}"]
     settings = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    hosts = [
+    return [
         subprocess.Popen(line, env=os.environ | settings | {"JAX_PROCESS_ID": str(number)})
         for number in range(2)
     ]
-    assert [host.wait(timeout=400) for host in hosts] == [0, 0]
+
+
+def test_two_hosts_train_as_one(tmp_path):
+    """Each feeds its half of the rows; a single process that has all of them finds the same.
+
+    One of them is told to stop: both save the same step, and go on from there.
+    """
+    script, workdir = tmp_path / "config.py", tmp_path / "run"
+    pod = POD.format(root=str(ROOT), tests=str(ROOT / "tests"), cache=str(tmp_path / "programs"))
+    script.write_text(pod)
+    hosts = two_hosts(script, workdir)
+    while not (workdir / "metrics.jsonl").exists() and hosts[0].poll() is None:
+        time.sleep(0.01)  # it now compiles the first step
+    hosts[1].send_signal(signal.SIGTERM)
+    assert [host.wait(timeout=400) for host in hosts] == [143, 143]
+    assert 0 < len(losses(workdir)) < 4
+    assert [host.wait(timeout=400) for host in two_hosts(script, workdir)] == [0, 0]
     neo = load_case("packed_train", (2, 2, 2))
     halves = [
         iter(
@@ -292,5 +316,5 @@ def test_two_hosts_train_as_one(tmp_path):
             found[number] = float(metrics["loss"])
     assert losses(workdir) == pytest.approx(found, rel=1e-5)
     saved = neo_jax.load(workdir, dtype="float32", mesh=(1, 1, 1)).params
-    for a, b in zip(jax.tree.leaves(saved), jax.tree.leaves(state["trained"]), strict=True):
+    for a, b in zip(jax.tree.leaves(saved), jax.tree.leaves(state["ema"]), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)

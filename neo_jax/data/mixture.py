@@ -1,8 +1,9 @@
 """Several sources of records as one, drawn from at given rates.
 
-A mixture is written "a.jsonl%50,b.parquet@2,c.json": with %50, half as often as its size asks for;
-with @2, twice for each record of the other sources, whatever their sizes. Drawing without end gives
-each source in proportion to its records times its rate, or to its weight if any source has one.
+A mixture is written "a.jsonl%50,b.parquet": with %50, half as often as its size asks for. Or with
+weights, "a.jsonl@1,b.parquet@2": b twice as often as a, whatever their sizes. Drawing without end
+gives each source in proportion to its records times its rate; or, if any has a weight, to weights,
+of which the others have 1. A rate says nothing beside weights, so a mixture has one kind.
 A name that has a comma itself cannot be written so.
 """
 
@@ -33,6 +34,13 @@ class Mixture:
     def __init__(self, sources: Sequence[Source]):
         if not sources:
             raise InputError("data.mixture is empty: name a file of records")
+        rated = [s.records.name for s in sources if s.rate != 1]
+        weighed = [s.records.name for s in sources if s.weight is not None]
+        if rated and weighed:
+            raise InputError(
+                f"data.mixture: {rated[0]} has a %, {weighed[0]} an @: weights (@) are shares of "
+                "the mixture, % is of a source's own records; use one kind"
+            )
         self.sources = tuple(sources)
         self._ends = np.cumsum([len(source.records) for source in sources])
 

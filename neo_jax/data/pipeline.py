@@ -26,7 +26,7 @@ BAD, TOO_LONG = 0, 1  # why
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    mixture: str = ""  # files, comma-separated: "a.jsonl%50,b.parquet"; see data/mixture.py
+    mixture: str = ""  # files: "a.jsonl%50,b.parquet", "a.jsonl@1,b.parquet@2"; data/mixture.py
     length: int = 8192  # tokens of a row
     num_patches: int = 0  # patches of a row; 0: as many as its tokens could need, 4 each
     rows: int = 8  # of a step, over all hosts and micro-batches

@@ -13,19 +13,17 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from neo_jax.batch import to_device
-from neo_jax.config import PATCH_CHANNELS, ModelConfig
-from neo_jax.data.example import Example, collate, make_example
+from neo_jax.config import ModelConfig
 from neo_jax.data.image import ImageSource
 from neo_jax.data.tokenizer import NeoTokenizer
 from neo_jax.data.video import VideoSource
 from neo_jax.errors import InputError
+from neo_jax.infer import analysis
 from neo_jax.infer.engine import Engine, Event
 from neo_jax.infer.prepare import Preparer
 from neo_jax.infer.request import Request, Result
 from neo_jax.infer.sampling import Sampling
 from neo_jax.infer.shapes import bucket
-from neo_jax.model.neo import bind
 from neo_jax.sharding import MESH_AXES, make_mesh
 from neo_jax.weights.load import load_params, side_directory
 
@@ -64,10 +62,10 @@ class Pipeline:
         Raises:
           InputError: when the visual tokens and the images do not match.
         """
-        example = self._example(token_ids, pixel_values, grid_hw)
+        example = analysis.document(self.config, self.tokenizer, token_ids, pixel_values, grid_hw)
         with jax.set_mesh(self.mesh):
-            batch = _padded(example, self.mesh)
-            logits_blv = _logits(self.config, self.params, batch)
+            batch = analysis.padded(example, self.mesh)
+            logits_blv = analysis.logits(self.config, self.params, batch)
         return np.asarray(logits_blv)[0, : len(token_ids)]
 
     def hidden_states(
@@ -82,10 +80,10 @@ class Pipeline:
           the decoder's input [L, D], the residual stream after each layer [layers, L, D], and
           the final norm's output [L, D].
         """
-        example = self._example(token_ids, pixel_values, grid_hw)
+        example = analysis.document(self.config, self.tokenizer, token_ids, pixel_values, grid_hw)
         with jax.set_mesh(self.mesh):
-            batch = _padded(example, self.mesh)
-            states = _hidden_states(self.config, self.params, batch)
+            batch = analysis.padded(example, self.mesh)
+            states = analysis.hidden_states(self.config, self.params, batch)
         inputs, layers, final = map(np.asarray, states)
         length = len(token_ids)
         return inputs[0, :length], layers[:, 0, :length], final[0, :length]
@@ -98,10 +96,10 @@ class Pipeline:
             for rows, columns in np.asarray(grid_hw).reshape(-1, 2)
             for number in (t.image_start_id, *[t.image_context_id] * (int(rows * columns) // 4))
         ]
-        example = self._example(token_ids, pixel_values, grid_hw)
+        example = analysis.document(self.config, self.tokenizer, token_ids, pixel_values, grid_hw)
         with jax.set_mesh(self.mesh):
-            batch = _padded(example, self.mesh)
-            inputs_bld = _inputs(self.config, self.params, batch)
+            batch = analysis.padded(example, self.mesh)
+            inputs_bld = analysis.inputs(self.config, self.params, batch)
         return np.asarray(inputs_bld)[0, : len(token_ids)][example.is_image]
 
     def chat(
@@ -224,21 +222,6 @@ class Pipeline:
         if self._stream and (events := self._stream()):
             events.close()
 
-    def _example(self, token_ids, pixel_values, grid_hw) -> Example:
-        if (pixel_values is None) != (grid_hw is None):
-            raise InputError("give pixel_values and grid_hw both, or neither")
-        patches = _no_patches().astype(np.float32) if pixel_values is None else pixel_values
-        grid_hw = np.zeros((0, 2), np.int32) if grid_hw is None else np.asarray(grid_hw)
-        wanted = (int(grid_hw.prod(axis=1).sum()), PATCH_CHANNELS)
-        if np.shape(patches) != wanted:
-            raise InputError(f"pixel_values is {np.shape(patches)}, grid_hw asks for {wanted}")
-        token_ids = np.asarray(token_ids)
-        if token_ids.ndim != 1 or not len(token_ids) or token_ids.dtype.kind not in "iu":
-            raise InputError(f"token_ids is {token_ids.dtype} {token_ids.shape}: give [L] integers")
-        if not 0 <= token_ids.min() <= token_ids.max() < self.config.vocab_size:
-            raise InputError(f"token ids must lie in 0..{self.config.vocab_size - 1}")
-        return make_example(token_ids, np.asarray(patches), grid_hw, self.tokenizer)
-
 
 def load(
     path: str | Path,
@@ -279,31 +262,6 @@ def load(
             f"{config.vocab_size} rows: they do not belong together"
         )
     return Pipeline(config, params, tokenizer, jax.tree.leaves(params)[0].sharding.mesh)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _logits(c: ModelConfig, params: dict, batch: dict) -> jax.Array:
-    return bind(c, params)(batch)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _inputs(c: ModelConfig, params: dict, batch: dict) -> jax.Array:
-    return bind(c, params).inputs(batch)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _hidden_states(c: ModelConfig, params: dict, batch: dict) -> tuple[jax.Array, ...]:
-    return bind(c, params).hidden_states(batch)
-
-
-def _no_patches() -> np.ndarray:
-    return np.zeros((0, PATCH_CHANNELS), np.uint8)
-
-
-def _padded(example: Example, mesh: Mesh) -> dict:
-    """An example alone in a batch of its bucket's shape, on the mesh."""
-    length = bucket(len(example.tokens))
-    return to_device(collate([example], length, 4 * length * bool(len(example.patches))), mesh)
 
 
 def _certain(text: str, stops: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ Runs under a mesh; batch and heads may be split over it.
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from neo_jax.errors import InputError
@@ -34,6 +35,7 @@ def interval_attention(
     A query that sees nothing gets zeros.
 
     Args:
+      start_bt, end_bt: [B, T]; start >= end where nothing is seen.
       visits: from `block_visits`, where many layers share the intervals.
       implementation: "dense": all scores at once; "blockwise": in XLA, in bounded memory;
         "pallas": the TPU kernel; "interpreted": that kernel without a TPU; "auto": the best.
@@ -73,6 +75,7 @@ def block_visits(
 
 
 def _on_device(q_btnj, k_bskj, v_bskh, start_bt, end_bt, visits, scale, implementation):
+    end_bt = jnp.maximum(start_bt, end_bt)  # kernels take the difference as a length
     arrays = (q_btnj, k_bskj, v_bskh, start_bt, end_bt)
     num_queries, num_keys = q_btnj.shape[1], k_bskj.shape[1]
     widths = k_bskj.shape[3], v_bskh.shape[3]

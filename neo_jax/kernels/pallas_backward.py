@@ -21,7 +21,7 @@ _PLAIN = (((1,), (0,)), ((), ()))
 _ROWS_BY_ROWS = (((1,), (1,)), ((), ()))
 _COLUMNS_BY_ROWS = (((0,), (0,)), ((), ()))
 _LN_2 = float(np.log(2))  # the scores are in powers of 2
-FAST_MEMORY = 48 << 20  # bytes that the fused kernel may take; the smallest chip has 64 MiB
+FAST_MEMORY = 48 << 20  # bytes that the fused kernel may take; from v5e on there are 64 MiB or more
 
 
 def _own(refs, g, group):

@@ -94,6 +94,8 @@ def _joined(weight: Any, first: int) -> Any:
     """
 
     def join(part):
+        if part.ndim == 2:  # the factor of an `Adapted` that has no heads
+            return part
         shape, axes = part.shape, jax.typeof(part).sharding.spec
         out = P(*axes[: first + 1], *axes[first + 2 :])
         return part.reshape(*shape[:first], -1, *shape[first + 2 :], out_sharding=out)
@@ -112,6 +114,7 @@ def _project(x_btd: jax.Array, *weights: nnx.Param) -> list[jax.Array]:
     b, t, d = x_btd.shape
     if b * t <= d:
         products = [layers.einsum("btd,dnh->btnh", x_btd, weight) for weight in weights]
+        products = [checkpoint_name(product, "projected") for product in products]
         # Else the CPU compiler computes products anew for each half of a head.
         return jax.lax.optimization_barrier(products)
     found = []

@@ -15,11 +15,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
 from neo_jax.config import ModelConfig
 from neo_jax.model.decoder import Apart
+from neo_jax.model.layers import in_order
 from neo_jax.sharding import spec
 
 Cache = dict[str, Any]
@@ -119,7 +119,7 @@ def write_chunk(
             is_new_t = (place_t >= 0) & (place_t < count_r[r])
             is_new = is_new_t[None] if time else is_new_t[:, None]
             window = jnp.where(is_new, jnp.roll(new[r], shift, axis=time), window)
-            return jax.lax.dynamic_update_slice(old, _in_order(window), index)
+            return jax.lax.dynamic_update_slice(old, in_order(window), index)
 
         return jax.lax.fori_loop(0, new.shape[0], write_row, old)
 
@@ -140,7 +140,7 @@ def read_slot(
 
     def row(array):
         index = (layer, slot, 0, 0)
-        return _in_order(jax.lax.dynamic_slice(array, index, (1, 1, *array.shape[2:]))[0])
+        return in_order(jax.lax.dynamic_slice(array, index, (1, 1, *array.shape[2:]))[0])
 
     found = jax.tree.map(row, store)
     values = found["values"].reshape(*found["values"].shape[:2], num_heads, -1)
@@ -184,12 +184,6 @@ def put_rows(array_b: jax.Array, new_r: jax.Array, slot_r: jax.Array, is_valid_r
 
 
 _NAMES = {"values": (None, "batch", None, "heads"), "scale": (None, "batch", "heads", None)}
-
-
-def _in_order(array: jax.Array) -> jax.Array:
-    """The array, its last dimension contiguous: another order that suits attention better is then
-    made of this part alone, and not of the whole cache that it is read from or written to."""
-    return with_layout_constraint(array, Layout(tuple(range(array.ndim))))
 
 
 def partition(stores: Any) -> Any:

@@ -21,19 +21,17 @@ from neo_jax.model.attention import Attend, Attention, Rotary
 from neo_jax.model.int8 import Int8Matrix
 from neo_jax.sharding import spec
 
-_keep = jax.checkpoint_policies.save_only_these_names
-# What the backward pass keeps of a block. Heads before their norms, not after: the norms' own
-# backward pass asks for those.
-REMAT_POLICIES = {
-    "none": None,  # everything
-    "full": jax.checkpoint_policies.nothing_saveable,  # only its input
-    "attention": _keep("attended", "log_sum"),
-    "projections": _keep("attended", "log_sum", "projected"),
-    "mlp": _keep("attended", "log_sum", "gate", "up"),
-    "gate": _keep("attended", "log_sum", "gate"),
-    "products": _keep("attended", "log_sum", "projected", "gate", "up"),
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+# What the backward pass keeps of a block beside its input, least first; with "none" everything.
+# Heads before their norms, not after: the norms' own backward pass asks for those.
+KEPT = {
+    "full": (),
+    "attention": ("attended", "log_sum"),
+    "projections": ("attended", "log_sum", "projected"),
+    "gate": ("attended", "log_sum", "gate"),
+    "mlp": ("attended", "log_sum", "gate", "up"),
+    "products": ("attended", "log_sum", "projected", "gate", "up"),
 }
+REMAT_POLICIES = (*KEPT, "none")
 
 
 class Mlp(nnx.Module):
@@ -106,7 +104,8 @@ def run(
         return (x_btd, carry), output
 
     if remat != "none":
-        step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=False)
+        policy = jax.checkpoint_policies.save_only_these_names(*KEPT[remat])
+        step = jax.checkpoint(step, policy=policy, prevent_cse=False)
     layer_index = jax.numpy.arange(blocks.mlp_norm.shape[0])
     (x_btd, carry), outputs = jax.lax.scan(step, (x_btd, carry), (blocks, layer_index))
     return x_btd, carry, outputs

@@ -14,8 +14,12 @@ from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
+from neo_jax.model import lora
 from neo_jax.model.int8 import Int8Matrix
+from neo_jax.model.lora import Adapted
 from neo_jax.sharding import gather, gathered, stored
+
+Weight = jax.Array | Int8Matrix | Adapted
 
 
 def matrix(rngs: nnx.Rngs, shape: tuple[int, ...], *names: str | None) -> nnx.Param:
@@ -37,7 +41,7 @@ def ones(size: int) -> nnx.Param:
     return nnx.Param(jnp.ones(size), out_sharding=P(None))
 
 
-def whole(weight: nnx.Param | jax.Array | Int8Matrix, dtype: str) -> jax.Array | Int8Matrix:
+def whole(weight: nnx.Param | Weight, dtype: str) -> Weight:
     """A weight ready to compute with: cast, then gathered over `fsdp`, so half the bytes move.
 
     An int8 matrix is gathered as it is.
@@ -45,7 +49,10 @@ def whole(weight: nnx.Param | jax.Array | Int8Matrix, dtype: str) -> jax.Array |
     partition = weight.get_metadata("out_sharding") if isinstance(weight, nnx.Param) else P()
     weight = weight[...]
     if not isinstance(weight, Int8Matrix):
-        weight = gather(weight.astype(dtype), partition)
+        partitions = weight.partitions(partition) if isinstance(weight, Adapted) else partition
+        weight = jax.tree.map(
+            lambda part, partition: gather(part.astype(dtype), partition), weight, partitions
+        )
     return jax.tree.map(
         lambda part: jax.sharding.reshard(part, gathered(jax.typeof(part).sharding.spec)), weight
     )
@@ -54,7 +61,7 @@ def whole(weight: nnx.Param | jax.Array | Int8Matrix, dtype: str) -> jax.Array |
 def einsum(
     equation: str,
     x: jax.Array,
-    weight: nnx.Param | jax.Array | Int8Matrix,
+    weight: nnx.Param | Weight,
     *,
     out: P | None = None,
     dtype: str | None = None,
@@ -65,6 +72,8 @@ def einsum(
     of an int8 weight multiply the product, whose last dimensions are the weight's outputs.
     """
     weight, scale = whole(weight, x.dtype), None
+    if isinstance(weight, Adapted):
+        return lora.product(equation, x, weight, dtype or x.dtype)
     if isinstance(weight, Int8Matrix):
         letters, kept = equation.split(",")[1].split("->")
         summed = [axis for axis, letter in enumerate(letters) if letter not in kept]
@@ -97,7 +106,8 @@ def _with_two_rows(product: Callable, x: jax.Array, weight: jax.Array) -> jax.Ar
 
 def in_order(array: jax.Array) -> jax.Array:
     """The array, its last dimension contiguous. Of one row per device a TPU would rather keep
-    tokens so, which suits products but is slow for all that is not."""
+    tokens so, which suits products but is slow for all that is not; of a part of a cache, another
+    order that suits attention is then made of that part alone, not of the whole cache."""
     return with_layout_constraint(array, Layout(tuple(range(array.ndim))))
 
 
@@ -106,7 +116,23 @@ def take_rows(table: jax.Array | Int8Matrix, index: jax.Array, dtype: str) -> ja
     if index.size == 1 and isinstance(table, Int8Matrix):
         # For a single row the TPU compiler would first copy an int8 table to other tiles.
         return take_rows(table, jnp.stack([index, index]), dtype)[0]
-    return table[index].astype(dtype)
+    return (table[index] if isinstance(table, Int8Matrix) else _rows(table, index)).astype(dtype)
+
+
+def _rows(table: jax.Array, index: jax.Array) -> jax.Array:
+    """Rows of a table. A row's gradient is summed in float32: a newline is taken a thousand times,
+    and a sum in bfloat16 stops growing at the 256th equal summand."""
+
+    @jax.custom_vjp
+    def rows(table, index):
+        return table[index]
+
+    def backward(index, dy):
+        sums = jnp.zeros(table.shape, jnp.float32).at[index].add(dy.astype(jnp.float32))
+        return sums.astype(table.dtype), None
+
+    rows.defvjp(lambda table, index: (table[index], index), backward)
+    return rows(table, index)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

@@ -62,7 +62,7 @@ class Neo(nnx.Module):
 
     def hidden_states(self, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Input embeddings [B, L, D], residual stream after each layer [l, B, L, D], final norm."""
-        x_btd, outputs = self.trunk(batch, lambda x_btd, k, v: x_btd)
+        x_btd, outputs = self.trunk(batch, lambda x_btd: x_btd)
         layers_lbtd = jnp.concatenate(list(outputs.values()))
         return self.inputs(batch), layers_lbtd, self.normed(x_btd)
 
@@ -153,7 +153,7 @@ class Neo(nnx.Module):
         return x_btd, cache
 
     def trunk(self, batch: Batch, emit, remat: str = "none", attention: str = "auto"):
-        """Runs all layers; returns x [B, L, D] and what `emit(x, k, v)` gives, per stack."""
+        """Runs all layers; returns x [B, L, D] and what `emit(x)` gives, per stack."""
         c = self.cfg
         thw_bt3, segments_bt = batch["thw"], whole_rows(batch["segments"])
         bounds = map(own_columns, intervals(whole_rows(thw_bt3[..., 0]), segments_bt))
@@ -167,11 +167,11 @@ class Neo(nnx.Module):
             z_btnh = interval_attention(
                 q_btnj, keys, values, start_bt, end_bt, SCALE, visits, attention
             )
-            return z_btnh, (k_btkj, v_btkh)
+            return z_btnh, None
 
         def body(block, layer, x_btd, carry):
-            x_btd, keys_values = block(x_btd, rotary, attend)
-            return x_btd, carry, emit(x_btd, *keys_values)
+            x_btd, _ = block(x_btd, rotary, attend)
+            return x_btd, carry, emit(x_btd)
 
         x_btd, outputs = self.inputs(batch), {}
         for name, blocks in self._stacks():
@@ -226,7 +226,7 @@ class Neo(nnx.Module):
         return lookup(layers.whole(self.embed, self.cfg.dtype), tokens_bt)
 
 
-def _nothing(x_btd, k, v):
+def _nothing(x_btd):
     return None
 
 
@@ -276,8 +276,8 @@ def abstract_params(c: ModelConfig, mesh: Mesh | None = None, dtype: str = "floa
     if problems:
         raise InputError(
             f"mesh {describe(mesh)} does not divide {len(problems)} parameters, such as "
-            f"{problems[0]}: use sizes that divide {c.num_key_value_heads} key-value heads "
-            f"(tensor) and a hidden size of {c.hidden_size} (fsdp)"
+            f"{problems[0]}: use sizes that divide {c.num_key_value_heads} key-value heads and "
+            f"{c.vocab_size} ids (tensor), and a hidden size of {c.hidden_size} (fsdp, context)"
         )
     return params
 

@@ -43,7 +43,8 @@ class PatchEmbed(nnx.Module):
         z_bmd = layers.einsum(
             "bmqe,qed->bmd", y_bmqe, self.merge_qed, out=spec("batch", None, None)
         )
-        return z_bmd + self.merge_bias_d[...].astype(z_bmd.dtype)
+        z32_bmd = z_bmd.astype(jnp.float32) + self.merge_bias_d[...].astype(jnp.float32)
+        return z32_bmd.astype(z_bmd.dtype)
 
     def activated(self, patches_bpc: jax.Array) -> jax.Array:
         """First convolution and GELU: [B, P, C] -> [B, P, E] float32."""

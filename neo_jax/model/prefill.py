@@ -16,6 +16,14 @@ from neo_jax.sharding import AXES, spec
 _HEADS, _ROWS = spec("batch", None, "heads", None), spec("batch", None)
 
 
+SIZES = "sizes_of_prompts"  # what programs call the choice among `key_sizes`
+
+
+def key_sizes(rows: int, length: int) -> list[int]:
+    """Over how many keys a row can attend, among so many rows: as few as it needs are taken."""
+    return sorted({min(length << power, rows * length) for power in range(rows.bit_length() + 1)})
+
+
 def attend_rows(
     q_rtnj: jax.Array,
     k_rtkj: jax.Array,
@@ -33,8 +41,7 @@ def attend_rows(
 
     def local(q_rtnj, k_rtkj, v_rtkh, start_r, end_rt):
         count, length = end_rt.shape
-        total = count * length
-        sizes = sorted({min(length << power, total) for power in range(count.bit_length() + 1)})
+        total, sizes = count * length, key_sizes(count, length)
         keys, values = (array.reshape(total, *array.shape[2:]) for array in (k_rtkj, v_rtkh))
 
         def attend(row):
@@ -52,7 +59,8 @@ def attend_rows(
                 return interval_attention(q_tnj[None], k_1skj, v_1skh, first_1t, end_1t, scale)[0]
 
             enough = jnp.sum(jnp.array(sizes) < jnp.max(end_t))
-            return jax.lax.switch(enough, [functools.partial(over, size) for size in sizes])
+            with jax.named_scope(SIZES):
+                return jax.lax.switch(enough, [functools.partial(over, size) for size in sizes])
 
         first_r = length * jnp.arange(count) - start_r
         return jax.lax.map(attend, (q_rtnj, first_r, end_rt))

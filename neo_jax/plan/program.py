@@ -14,14 +14,11 @@ from jax.sharding import PartitionSpec as P
 from neo_jax.batch import PARTITIONS, RANK
 from neo_jax.config import PATCH_CHANNELS, ModelConfig
 from neo_jax.errors import InputError
-from neo_jax.model import lora
 from neo_jax.model.neo import abstract_params
 from neo_jax.plan.topology import standard_error
-from neo_jax.sharding import batch_rows
 from neo_jax.train import rules
 from neo_jax.train.config import Config
-from neo_jax.train.loop import _adapted
-from neo_jax.train.step import make_step, new_state
+from neo_jax.train.step import first_state, join_of, make_step
 
 _REMATERIALIZED = "Involuntary full rematerialization"
 # "... exceeds available HBM (15.75G)", "Used 20.94G of 15.75G hbm": as compilers have said it.
@@ -126,28 +123,23 @@ def training_arguments(c: Config, model: ModelConfig, mesh: Mesh) -> tuple[dict,
     """State and batch of the train step, abstract. Call it under the mesh.
 
     Raises:
-      InputError: when the mesh does not divide the parameters or the rows.
+      InputError: when the mesh does not divide the parameters, the rows or their columns.
     """
-    rows, parts = c.data.rows, c.micro_batches * batch_rows(mesh)
-    if rows % parts:
-        raise InputError(
-            f"{rows} rows: use a multiple of {parts}, {c.micro_batches} micro-batches times "
-            f"{batch_rows(mesh)} over which the mesh {dict(mesh.shape)} splits rows"
-        )
+    c.check_mesh(mesh)
+    return training_state(c, model, mesh), training_batch(c, mesh)
+
+
+def training_state(c: Config, model: ModelConfig, mesh: Mesh) -> dict:
+    """Parameters and moments, abstract. Call it under the mesh.
+
+    Raises:
+      InputError: when the mesh does not divide the parameters.
+    """
     params = abstract_params(model, mesh)
     paths = rules.matching(params, c.lora.targets if c.lora.rank else c.trained)
 
-    def first(params):
-        if c.lora.rank:
-            trained = lora.new_factors(params, paths, c.lora.rank, jax.random.key(0))
-            frozen = params
-        else:
-            trained, frozen = rules.split(params, paths)
-        frozen = jax.tree.map(lambda leaf: leaf.astype(model.dtype), frozen)
-        return new_state(c.optim, c.steps, trained, frozen)
-
-    state = place(jax.eval_shape(first, params), mesh)
-    return state, training_batch(c, mesh)
+    made = jax.eval_shape(lambda params: first_state(c, model, params, paths), params)
+    return place(made, mesh)
 
 
 def training_batch(c: Config, mesh: Mesh) -> dict:
@@ -177,8 +169,5 @@ def lower_training(c: Config, model: ModelConfig, mesh: Mesh) -> jax.stages.Lowe
     """The train step of a run with this config."""
     with jax.set_mesh(mesh):
         state, batch = training_arguments(c, model, mesh)
-        join = rules.merge
-        if c.lora.rank:
-            join = lambda factors, params: _adapted(factors, params, c.lora.scale)  # noqa: E731
-        step = make_step(model, c.optim, c.steps, c.remat, join, c.attention)
+        step = make_step(model, c.optim, c.steps, c.remat, join_of(c), c.attention)
         return step.lower(state, batch)

@@ -1,8 +1,9 @@
 """Checkpoints of a run: parameters, optimizer, data iterator, counts. Written in the background.
 
 WORKDIR/checkpoints/STEP/
-  params/     all parameters, as `infer.py` and `convert.to_hf` read them; with LoRA its factors
-  optimizer/  moments, the average if one is kept, and the step
+  params/     all parameters, as `infer.py` and `convert.to_hf` read them: the average where one is
+              kept; with LoRA its factors
+  optimizer/  moments, the step, and the trained parameters themselves where an average is kept
   data/       where each host's iterator stands
   counts/     of records so far
 """
@@ -19,8 +20,6 @@ from orbax.checkpoint import checkpoint_managers as managers
 from neo_jax.errors import InputError
 from neo_jax.train import rules
 from neo_jax.train.step import State
-
-_OPTIMIZER = ("opt", "step", "ema")
 
 
 class Checkpoints:
@@ -61,12 +60,12 @@ class Checkpoints:
         step = int(state["step"])
         if step == self.latest:
             return
-        save = ocp.args.StandardSave
+        save, (params, optimizer) = ocp.args.StandardSave, self._parts(state)
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                params=save(self._params(state)),
-                optimizer=save({name: state[name] for name in _OPTIMIZER if name in state}),
+                params=save(params),
+                optimizer=save(optimizer),
                 data=grain.checkpoint.CheckpointSave(data),
                 counts=ocp.args.JsonSave(dict(counts)),
             ),
@@ -78,15 +77,14 @@ class Checkpoints:
         Raises:
           InputError: naming the directory, when it does not fit this run or is damaged.
         """
-        optimizer = {name: state[name] for name in _OPTIMIZER if name in state}
-        target = jax.tree.map(_abstract, {"params": self._params(state), "optimizer": optimizer})
+        params, optimizer = jax.tree.map(_abstract, self._parts(state))
         step = self.latest
         try:
             found = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
-                    params=ocp.args.StandardRestore(target["params"]),
-                    optimizer=ocp.args.StandardRestore(target["optimizer"]),
+                    params=ocp.args.StandardRestore(params),
+                    optimizer=ocp.args.StandardRestore(optimizer),
                     data=grain.checkpoint.CheckpointRestore(data),
                     counts=ocp.args.JsonRestore(),
                 ),
@@ -94,15 +92,19 @@ class Checkpoints:
         except Exception as error:  # what Orbax raises for damage is of many kinds
             where = self._manager.directory / str(step)
             raise InputError(f"{where}: cannot resume from it: {error}") from error
-        trained, frozen = rules.split(found["params"], rules.paths(state["trained"]))
+        shown, frozen = rules.split(found["params"], rules.paths(state["trained"]))
         if self._only_trained:
             frozen = state["frozen"]
-        return {"trained": trained, "frozen": frozen, **found["optimizer"]}, found["counts"]
+        name = "ema" if "ema" in state else "trained"
+        return {name: shown, "frozen": frozen, **found["optimizer"]}, found["counts"]
 
-    def _params(self, state: State) -> dict:
-        if self._only_trained:
-            return state["trained"]
-        return rules.merge(state["trained"], state["frozen"])
+    def _parts(self, state: State) -> tuple[dict, dict]:
+        """What others read, and what only the run needs."""
+        optimizer = {name: state[name] for name in ("opt", "step")}
+        if "ema" in state:
+            optimizer["trained"] = state["trained"]
+        params = state.get("ema", state["trained"])
+        return params if self._only_trained else rules.merge(params, state["frozen"]), optimizer
 
 
 def _abstract(array: jax.Array) -> Any:

@@ -9,11 +9,14 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
+from jax.sharding import Mesh
+
 from neo_jax.config import ModelConfig
 from neo_jax.data.pipeline import DataConfig
 from neo_jax.errors import InputError
 from neo_jax.kernels.interval_attention import IMPLEMENTATIONS
 from neo_jax.model.decoder import REMAT_POLICIES
+from neo_jax.sharding import batch_rows, describe, row_parts
 from neo_jax.train.optimizer import OptimConfig
 
 
@@ -75,6 +78,22 @@ class Config:
             raise InputError(
                 f"data.rows ({self.data.rows}) must be a multiple of micro_batches "
                 f"({self.micro_batches})"
+            )
+
+    def check_mesh(self, mesh: Mesh) -> None:
+        """Raises InputError when the mesh does not divide the rows, or the columns it splits."""
+        parts, context = batch_rows(mesh), row_parts(mesh)
+        if self.data.rows % (self.micro_batches * parts):
+            raise InputError(
+                f"data.rows is {self.data.rows}: use a multiple of {self.micro_batches} "
+                f"micro-batches times {parts}, over which the mesh {describe(mesh)} splits rows"
+            )
+        limits = self.data.limits()
+        if limits.length % context or limits.num_patches % (4 * context):
+            raise InputError(
+                f"data.length {limits.length} and data.num_patches {limits.num_patches}: use "
+                f"multiples of {context} and {4 * context}, since the mesh splits rows "
+                f"{context} ways"
             )
 
 

@@ -6,13 +6,13 @@ The host is always one step ahead: it looks at a step's numbers only after the n
 A run is resumed by starting it again; what follows is what would have followed.
 """
 
+import contextlib
 import dataclasses
-import functools
 import json
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -27,14 +27,14 @@ from neo_jax.data.pipeline import TOO_LONG, batches, explain
 from neo_jax.data.tokenizer import NeoTokenizer
 from neo_jax.errors import InputError
 from neo_jax.model import lora
-from neo_jax.sharding import batch_rows, data_shard, describe
+from neo_jax.sharding import data_shard, describe
 from neo_jax.train import rules
 from neo_jax.train.checkpoint import Checkpoints
 from neo_jax.train.config import Config
 from neo_jax.train.metrics import Metrics, append_line
 from neo_jax.train.progress import Progress
 from neo_jax.train.start import run_mesh, starting_point, write_run
-from neo_jax.train.step import State, make_evaluation, make_step, new_state
+from neo_jax.train.step import State, first_state, join_of, make_evaluation, make_step
 
 MOST_EXPLAINED = 1000  # records that could not be used, of which the reason is written down
 LEAST_SEEN = 100  # records before their bad share is looked at
@@ -63,24 +63,18 @@ def train(c: Config, say: Callable[[str], None] = tqdm.tqdm.write) -> Finished:
     if jax.process_index():  # one voice is enough
         say = _say_nothing
     workdir, mesh = epath.Path(c.workdir), run_mesh(c.mesh)
-    if c.data.rows % (c.micro_batches * batch_rows(mesh)):
-        raise InputError(
-            f"data.rows is {c.data.rows}: use a multiple of {c.micro_batches} micro-batches times "
-            f"{batch_rows(mesh)}, over which the mesh {describe(mesh)} splits rows"
-        )
-    limits, context = c.data.limits(), mesh.shape["context"]
-    if limits.length % context or limits.num_patches % (4 * context):
-        raise InputError(
-            f"data.length {limits.length} and data.num_patches {limits.num_patches}: use multiples "
-            f"of {context} and {4 * context}, since the mesh splits rows {context} ways"
-        )
+    c.check_mesh(mesh)
+    if c.attention == "pallas" and mesh.devices.flat[0].platform != "tpu":
+        raise InputError("attention=pallas runs on TPUs: use auto, which takes what runs here")
     mixture = Mixture.parse(c.data.mixture)
+    held_out = Mixture.parse(c.held_out) if c.held_out else None
     model, tokenizer, params = starting_point(c, mesh)
     paths = rules.matching(params, c.lora.targets if c.lora.rank else c.trained)
     write_run(c, model, tokenizer, mixture.fingerprint(), paths)
-    run = _Run(c, model, tokenizer, mesh, mixture, workdir, say)
+    run = _Run(c, model, tokenizer, mesh, mixture, held_out, workdir, say)
     with jax.set_mesh(mesh), _Terminated() as terminated:
-        state = run.first_state(params, paths)
+        make = jax.jit(first_state, static_argnums=(0, 1, 3), donate_argnums=2)
+        state = make(c, model, params, tuple(paths))
         del params
         with Checkpoints(workdir, c.keep, c.keep_every, c.lora.rank > 0) as checkpoints:
             state, is_stopped = run.go(state, checkpoints, terminated)
@@ -90,37 +84,21 @@ def train(c: Config, say: Callable[[str], None] = tqdm.tqdm.write) -> Finished:
 class _Run:
     """What stays the same through a run."""
 
-    def __init__(self, c: Config, model, tokenizer, mesh, mixture, workdir, say):
+    def __init__(self, c: Config, model, tokenizer, mesh, mixture, held_out, workdir, say):
         self.c, self.model, self.tokenizer, self.mesh = c, model, tokenizer, mesh
-        self.mixture, self.workdir, self.say = mixture, workdir, say
+        self.mixture, self.held_out, self.workdir, self.say = mixture, held_out, workdir, say
         self.shard = data_shard(mesh)
         self.counts: Counter = Counter()
-        self.join = rules.merge
-        if c.lora.rank:
-            self.join = functools.partial(_adapted, scale=c.lora.scale)
+        self.join = join_of(c)
         self.evaluation = make_evaluation(model, self.join, c.attention)
         self._is_tracing = False
-
-    def first_state(self, params: dict, paths: Sequence[str]) -> State:
-        c = self.c
-
-        def make(params):
-            if c.lora.rank:
-                key = jax.random.key(c.seed)
-                trained, frozen = lora.new_factors(params, paths, c.lora.rank, key), params
-            else:
-                trained, frozen = rules.split(params, paths)
-            frozen = jax.tree.map(lambda leaf: leaf.astype(self.model.dtype), frozen)
-            return new_state(c.optim, c.steps, trained, frozen)
-
-        return jax.jit(make, donate_argnums=0)(params)
 
     def params(self, state: State) -> dict:
         """The model's parameters as trained: the average, if one is kept."""
         trained = state.get("ema", state["trained"])
         if self.c.lora.rank:
             return jax.jit(lora.merged, static_argnums=2)(
-                state["frozen"], trained, self.c.lora.scale
+                trained, state["frozen"], self.c.lora.scale
             )
         return rules.merge(trained, state["frozen"])
 
@@ -139,13 +117,14 @@ class _Run:
             tqdm.tqdm(total=c.steps, initial=first, unit="step", disable=None) as bar,
         ):
             progress = Progress(
-                c, self.model, self.mixture, self.counts, self.shard[1], metrics, bar, self.say
+                c, self.model, self.mesh, self.mixture, self.counts, metrics, bar, self.say
             )
             for step in range(first, c.steps):
                 stops = terminated(step)
                 if stops or (step > first and step % c.save_every == 0):
                     progress.look(step)  # so that nothing that is not finite is ever saved
-                    checkpoints.save(state, data, self.counts)
+                    with progress.paused():
+                        checkpoints.save(state, data, self.counts)
                 if stops:
                     self.say(f"asked to stop: saved step {step}; start it again to go on")
                     return state, True
@@ -154,11 +133,15 @@ class _Run:
                 batch = next(data)
                 waited = time.perf_counter() - waited
                 self._count(batch)
-                state, numbers = step_fn(state, micro_batches(batch, c.micro_batches, self.mesh))
+                placed = micro_batches(batch, c.micro_batches, self.mesh)
+                with progress.paused() if step == first else contextlib.nullcontext():  # compiles
+                    state, numbers = step_fn(state, placed)
                 progress.look(step)
                 progress.later(step, numbers, batch, waited)
                 if c.eval_every and (step + 1) % c.eval_every == 0:
-                    self._evaluate(state, metrics, step + 1)
+                    progress.look(step + 1)
+                    with progress.paused():
+                        self._evaluate(state, metrics, step + 1)
             progress.look(c.steps)
             self._profile(c.steps)
             checkpoints.save(state, data, self.counts)
@@ -210,10 +193,9 @@ class _Run:
 
     def _evaluate(self, state: State, metrics: Metrics, step: int) -> None:
         """The loss on the first batches of what is held out: each time the same."""
-        if not self.c.held_out:
+        if self.held_out is None:
             return
-        held_out = Mixture.parse(self.c.held_out)
-        data = iter(self._batches(held_out, seed=0, repeat=True))
+        data = iter(self._batches(self.held_out, seed=0, repeat=True))
         sums = np.zeros(2)
         for _ in range(self.c.eval_batches):
             batch = micro_batches(next(data), 1, self.mesh)
@@ -234,17 +216,23 @@ class _Run:
 
 
 class _Terminated:
-    """Whether SIGTERM came, on any host: clouds send it before they take a machine away."""
+    """Whether SIGTERM came, on any host: clouds send it before they take a machine away.
+
+    Of several processes each has the handler of JAX's own service, through which they agree on a
+    step to stop at; it must stay.
+    """
 
     def __init__(self):
         self._is_asked = False
 
     def __enter__(self) -> "_Terminated":
-        self._before = signal.signal(signal.SIGTERM, self._ask)
+        if jax.process_count() == 1:
+            self._before = signal.signal(signal.SIGTERM, self._ask)
         return self
 
     def __exit__(self, *error) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+        if jax.process_count() == 1:
+            signal.signal(signal.SIGTERM, self._before)
 
     def _ask(self, *_) -> None:
         self._is_asked = True
@@ -257,7 +245,3 @@ class _Terminated:
 
 def _say_nothing(message: str) -> None:
     """Takes the place of `say`."""
-
-
-def _adapted(factors: dict, params: dict, scale: float) -> dict:
-    return lora.adapted(params, factors, scale)

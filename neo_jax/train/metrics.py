@@ -43,7 +43,9 @@ class Metrics:
         if self._path.exists():
             lines = [line for line in self._path.read_text().splitlines() if _is_whole(line)]
             kept = [line for line in lines if json.loads(line)["step"] <= resumed_at]
-        self._path.write_text("".join(f"{line}\n" for line in kept))
+        partial = workdir / ".metrics.jsonl"
+        partial.write_text("".join(f"{line}\n" for line in kept))
+        partial.replace(self._path)  # at once: a kill loses nothing
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resumed_at + 1)
 
     def __enter__(self) -> "Metrics":
@@ -98,12 +100,12 @@ def flops_per_batch(
     return 2 * products
 
 
-def peak_flops() -> float | None:
-    """Of all devices together; None where it is not known."""
+def peak_flops(devices: int) -> float | None:
+    """Of so many devices together; None where it is not known."""
     kind = jax.devices()[0].device_kind
     known = [flops for name, flops in PEAK_FLOPS.items() if kind.startswith(name)]
     # "TPU v5 lite" starts with "TPU v5" too: the smaller is the more precise name's.
-    return min(known) * jax.device_count() if known else None
+    return min(known) * devices if known else None
 
 
 def _is_whole(line: str) -> bool:

@@ -26,6 +26,12 @@ class OptimConfig:
     def __post_init__(self):
         if self.state_dtype not in ("float32", "bfloat16"):
             raise InputError(f"optim.state_dtype {self.state_dtype!r}: use float32 or bfloat16")
+        # Near 1 a second moment would never fall: bfloat16 rounds off what it loses in a step.
+        if self.state_dtype == "bfloat16" and 1 - self.betas[1] < 2**-7:
+            raise InputError(
+                f"optim.state_dtype bfloat16 is too coarse for optim.betas {self.betas}: use a "
+                "second one of at most 0.99, or float32"
+            )
         if not 0 <= self.ema < 1 or not 0 <= self.min_lr_ratio <= 1 or self.clip_norm <= 0:
             raise InputError(
                 f"optim: ema {self.ema}, min_lr_ratio {self.min_lr_ratio} and clip_norm "

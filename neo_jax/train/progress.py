@@ -1,17 +1,20 @@
 """How a run goes: loss, speed, fill of rows, use of the hardware."""
 
+import contextlib
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import numpy as np
 import tqdm
+from jax.sharding import Mesh
 
 from neo_jax.config import ModelConfig
 from neo_jax.data.mixture import Mixture
 from neo_jax.errors import InputError
+from neo_jax.sharding import data_shard
 from neo_jax.train.config import Config
 from neo_jax.train.metrics import Metrics, flops_per_batch, peak_flops
 
@@ -21,22 +24,23 @@ class Progress:
 
     Args:
       counts: of records so far, which the run keeps up to date.
-      share_count: processes that feed different records.
     """
 
     def __init__(
         self,
         c: Config,
         model: ModelConfig,
+        mesh: Mesh,
         mixture: Mixture,
         counts: Mapping[str, int],
-        share_count: int,
         metrics: Metrics,
         bar: tqdm.tqdm,
         say: Callable[[str], None],
     ):
         self._c, self._model, self._mixture, self._counts = c, model, mixture, counts
-        self._share_count, self._metrics, self._bar, self._say = share_count, metrics, bar, say
+        self._metrics, self._bar, self._say = metrics, bar, say
+        self._share_count = data_shard(mesh)[1]  # processes that feed different records
+        self._peak = peak_flops(mesh.size)
         self._waiting: list = []
         self._since, self._steps = time.perf_counter(), 0
         self._sums: Counter = Counter()
@@ -54,13 +58,19 @@ class Progress:
         self._sums.update(
             tokens=int(is_text.sum()),
             places=is_text.size,
-            supervised=int((batch["weights"] > 0).sum()),
             patches=4 * int(batch["is_image"].sum()),
             patch_places=batch["patches"].shape[0] * batch["patches"].shape[1],
             images=_count_images(batch["is_image"]),
             keys=_count_keys(batch),
             waited=waited,
         )
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """For what is no step: compiling, saving, evaluating. It counts in no speed."""
+        begin = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - begin
 
     def look(self, upto: int) -> None:
         """Reads the numbers of steps before `upto`.
@@ -98,11 +108,11 @@ class Progress:
             "records_bad": self._counts["bad"],
             "records_too_long": self._counts["too long"],
         }
-        if peak := peak_flops():
+        if self._peak:
             trained = () if self._c.lora.rank else self._c.trained
             counted = (sums[name] for name in ("tokens", "patches", "keys"))
             flops = flops_per_batch(self._model, *counted, trained)
-            numbers["mfu"] = flops * shares / seconds / peak
+            numbers["mfu"] = flops * shares / seconds / self._peak
         self._metrics.write(step, numbers)
         self._say(
             f"step {step}: loss {numbers['loss']:.4f}, grad norm {numbers['grad_norm']:.3f}, "

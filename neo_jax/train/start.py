@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import platform
 from collections.abc import Sequence
 from importlib import metadata
@@ -16,31 +17,38 @@ from neo_jax.config import ModelConfig
 from neo_jax.data import shapes
 from neo_jax.data.tokenizer import NeoTokenizer
 from neo_jax.errors import InputError
-from neo_jax.model.neo import init_params
+from neo_jax.model.neo import abstract_params, init_params
 from neo_jax.sharding import make_mesh
 from neo_jax.train.config import Config
 from neo_jax.weights.checkpoint import DESCRIPTION, describe
 from neo_jax.weights.directory import side_files
 from neo_jax.weights.load import load_params, side_directory
 
-# Settings that a run may be resumed with other values of: they do not change what is computed,
-# or only how far or how often.
+# Settings that a run may be resumed with other values of: they do not change what is computed, or
+# only how far or how often. With other `steps` the learning rate goes on along their cosine.
 MAY_CHANGE = {
     *("workdir", "mesh", "steps", "held_out", "log_every", "eval_every", "eval_batches"),
     *("save_every", "keep", "keep_every", "profile", "remat", "attention"),
 }
-MAY_CHANGE_IN_DATA = {"workers", "max_bad_share"}
+MAY_CHANGE_IN_DATA = {"max_bad_share"}
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
 RUN = "run.json"
+OF_A_MODEL = ("config.json", "generation_config.json")
 
 
 def run_mesh(sizes: tuple[int, ...]) -> Mesh:
-    """The mesh of all devices; a size of -1 takes what the others leave."""
-    count, known = jax.device_count(), 1
-    for size in sizes:
-        known *= size if size != -1 else 1
-    if sizes.count(-1) > 1 or count % known:
+    """The mesh of a run; a size of -1 takes the devices that the others leave.
+
+    Raises:
+      InputError: for sizes that do not divide the devices, or leave a host without any.
+    """
+    count, known = jax.device_count(), math.prod(size for size in sizes if size != -1)
+    if sizes.count(-1) > 1 or known < 1 or min(sizes) < -1 or count % known:
         raise InputError(f"mesh {sizes}: does not divide {count} devices; one size may be -1")
+    if jax.process_count() > 1 and -1 not in sizes and known < count:
+        raise InputError(
+            f"mesh {sizes} has {known} devices, all hosts together {count}: all must be in it"
+        )
     return make_mesh([count // known if size == -1 else size for size in sizes])
 
 
@@ -61,6 +69,7 @@ def starting_point(c: Config, mesh: Mesh) -> tuple[ModelConfig, NeoTokenizer, di
     else:
         model = dataclasses.replace(c.model, dtype=c.dtype)
         tokenizer = _tokenizer(c.tokenizer)
+        abstract_params(model, mesh)  # whether the mesh divides them
         with jax.set_mesh(mesh):
             params = _new_params(model, c.seed, c.init_scale)
     if tokenizer.vocab_size > model.vocab_size:
@@ -128,10 +137,14 @@ def _tokenizer(directory: str) -> NeoTokenizer:
 
 def _side_files(c: Config, tokenizer: NeoTokenizer) -> dict[str, str]:
     """Tokenizer and configuration files, so that the run's folder is a whole checkpoint."""
-    directory = c.tokenizer or (str(side_directory(c.start)) if c.start else "")
-    if directory == shapes.NAME:
+    if c.tokenizer == shapes.NAME:
         return {"tokenizer.json": tokenizer.to_json()}
-    return {path.name: path.read_text() for path in side_files(Path(directory))}
+    start = side_files(side_directory(c.start)) if c.start else []
+    others = side_files(Path(c.tokenizer)) if c.tokenizer else start
+    # A tokenizer's directory may be another model's.
+    paths = [path for path in others if path.name not in OF_A_MODEL]
+    paths += [path for path in start if path.name in OF_A_MODEL]
+    return {path.name: path.read_text() for path in paths}
 
 
 def _new_params(model: ModelConfig, seed: int, scale: float) -> dict:

@@ -5,7 +5,8 @@ The state is a dict: `trained` (float32 masters) and `frozen` parameters, two tr
 average of the trained parameters is kept. Only trained parameters have gradients and moments.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +15,38 @@ from jax.sharding import PartitionSpec as P
 
 from neo_jax.batch import PARTITIONS, Batch
 from neo_jax.config import ModelConfig
+from neo_jax.model import lora
 from neo_jax.sharding import on_each_device, summed
 from neo_jax.train import rules
+from neo_jax.train.config import Config
 from neo_jax.train.loss import loss_of
 from neo_jax.train.optimizer import OptimConfig, learning_rate, make_optimizer
 
 State = dict
 Metrics = dict[str, jax.Array]
 Join = Callable[[dict, dict], dict]  # trained and frozen to the model's parameters
+
+
+def join_of(c: Config) -> Join:
+    """What makes one tree of a run's parameters: of two trees of them, or of LoRA's factors."""
+    if c.lora.rank:
+        return functools.partial(lora.adapted, scale=c.lora.scale)
+    return rules.merge
+
+
+def first_state(c: Config, model: ModelConfig, params: dict, paths: Sequence[str]) -> State:
+    """The state a run starts with; run it under jit, as `new_state`.
+
+    Args:
+      paths: of the parameters that are trained, or with LoRA get factors that are.
+    """
+    if c.lora.rank:
+        key = jax.random.key(c.seed)
+        trained, frozen = lora.new_factors(params, paths, c.lora.rank, key), params
+    else:
+        trained, frozen = rules.split(params, paths)
+    frozen = jax.tree.map(lambda leaf: leaf.astype(model.dtype), frozen)
+    return new_state(c.optim, c.steps, trained, frozen)
 
 
 def new_state(o: OptimConfig, steps: int, trained: dict, frozen: dict) -> State:

@@ -95,7 +95,8 @@ def write_published(
             copy_side_files(side_files, directory)
             (directory / DESCRIPTION).unlink(missing_ok=True)
             if (directory / "config.json").exists():
-                hf = _published_config(read_json(directory / "config.json"), hf)
+                stored = read_json(directory / "config.json")
+                hf = _published_config(stored, hf) if _is_of(c, stored) else hf
         (directory / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
         write_generation_config(directory, hf)
         write_tensors(directory, plan, short, blocks, shard_size, wrote)
@@ -137,6 +138,15 @@ def _tensor(rows, c: ModelConfig, read_leaf: ReadLeaf, dtype) -> np.ndarray:
             leaf = read_leaf(row.path, index)
         row.write(leaf.astype(dtype, copy=False), tensor)
     return tensor
+
+
+def _is_of(c: ModelConfig, stored: dict) -> bool:
+    """Whether a config.json says what our own would: it may have come with another's tokenizer."""
+    given = {name: getattr(c, name) for name in ("qk_layout", "tie_word_embeddings", "dtype")}
+    try:
+        return ModelConfig.from_hf(stored, **given) == c
+    except InputError:
+        return False
 
 
 def _published_config(stored: dict, ours: dict) -> dict:

@@ -84,5 +84,5 @@ def _with_factors(
             jax.eval_shape(make, params),
         )
         factors = read_tree(checkpoint.params, target)
-        merge = jax.jit(lora.merged, static_argnums=2, donate_argnums=0)
-        return checkpoint.config, merge(params, factors, about["scale"])
+        merge = jax.jit(lora.merged, static_argnums=2, donate_argnums=1)
+        return checkpoint.config, merge(factors, params, about["scale"])
