@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import json
 import os
+import re
 import subprocess
 
 import jax
@@ -80,7 +81,7 @@ def test_a_plan_says_what_the_step_needs():
 @needs_compiler
 def test_a_plan_is_compiled_once(monkeypatch):
     plan = tiny_plan()
-    monkeypatch.setattr("neo_jax.plan.training.compiled", None)  # would fail if it were called
+    monkeypatch.setattr("neo_jax.plan.cache.compiled", None)  # would fail if it were called
     again = plan_training(tiny("workdir=elsewhere"), "v5e:2x2", packing="text", name="tiny")
     assert again.is_cached
     assert dataclasses.replace(again, is_cached=plan.is_cached) == plan
@@ -154,8 +155,15 @@ def test_command_line_makes_table_json_and_figure(tmp_path, capsys):
         ("configs/tiny_shapes.py --topology big", ("v5e:16x16",)),
         ("configs/tiny_shapes.py --topology v5e:2x2 --mesh 1x3x1", ("1x3x1", "4 devices")),
         ("configs/tiny_shapes.py --topology v5e:2x2 --mesh 2x1", ("2x1", "1x256x1")),
-        ("configs/tiny_shapes.py --topology v5e:2x2 --mesh 1x4x1 --rows 6", ("6 rows", "4")),
+        ("configs/tiny_shapes.py --topology v5e:2x2 --mesh 1x4x1 --rows 6", ("rows is 6", "4")),
         ("configs/tiny_shapes.py data.lenth=8 --topology v5e:2x2", ("length",)),
+        ("configs/tiny_shapes.py --topology v5e:2x2 data.lenth=8", ("length",)),
+        (
+            "configs/tiny_shapes.py --topology v5e:2x2 --mesh 1x2x1x2 --length 511 --rows 2",
+            ("length 511", "multiples of 2"),
+        ),
+        ("configs/tiny_shapes.py --topology v5e:2x2 --serve --search", ("--serve", "--search")),
+        ("--pods nowhere/pods.md --json plan.json", ("--pods", "--json")),
         ("configs/tiny_shapes.py --pod v5e-16", ("pods.py", "mesh=")),
         ("configs/neo_ov_2b_sft.py --pod v5e-17", ("v5e-17", "v5e-16")),
         ("configs/tiny_shapes.py --topology v5e:2x2 --mesh 1x4x1 --option x", ("NAME=VALUE",)),
@@ -170,6 +178,7 @@ def test_command_line_makes_table_json_and_figure(tmp_path, capsys):
 def test_bad_input_is_one_line(line, words, capsys):
     assert main(line.split()) == 2
     said = capsys.readouterr().err.strip()
+    said = re.sub(r"^compiling .*\n", "", said)
     assert "\n" not in said
     for word in words:
         assert word in said
@@ -191,10 +200,13 @@ def test_candidates_keep_the_step_and_leave_out_what_cannot_be():
     assert (1, 2, 2) in meshes
     assert all(size[2] <= c.model.num_key_value_heads for size in meshes)
     assert {one.data.rows for one, _ in found} == {8}
-    assert {one.micro_batches for one, _ in found} == {1, 2, 4}
-    by_micro = {one.micro_batches: least for one, least in found if one.remat == "full"
-                and one.mesh == (1, 4, 1)}  # fmt: skip
-    assert by_micro[1] > by_micro[2]
+    on_one = {(one.micro_batches, one.remat): least for one, least in found
+              if one.mesh == (1, 4, 1)}  # fmt: skip
+    assert {micro for micro, _ in on_one} == {1, 2}
+    assert on_one[1, "full"] > on_one[2, "full"]
+    assert on_one[1, "full"] < on_one[1, "attention"] < on_one[1, "mlp"] < on_one[1, "products"]
+    fixed = list(search.candidates(c, c.model, "v5e:2x2", remat="gate", micro_batches=2))
+    assert {(one.remat, one.micro_batches) for one, _ in fixed} == {("gate", 2)}
 
 
 @needs_compiler
@@ -209,16 +221,16 @@ def test_a_search_ranks_what_fits_and_outlives_what_fails(monkeypatch, capsys, t
 
     monkeypatch.setattr(subprocess, "run", dies_at_full)
     monkeypatch.setattr(search, "REMAT_POLICIES", ("none", "full"))
-    monkeypatch.setattr(search, "MICRO_BATCHES", (1,))
     settings = ["model.num_post_llm_layers=1", "--length", "256", "--rows", "4", "--mesh", "1x4x1"]
     command = ["configs/tiny_shapes.py", *settings, "--topology", "v5e:2x2", "--packing", "text"]
+    command += ["--micro-batches", "1"]
     assert main([*command, "--search", "--json", str(out)]) == 0
     said = capsys.readouterr()
     assert "2 candidates, 0 cannot fit; compiling 2" in said.err
     best, worst = said.out.split("\n")[1:3]
     assert "none" in best
     assert "ended with -6" in worst
-    assert [plan["problem"] for plan in json.loads(out.read_text())] == ["", "ended with -6"]
+    assert [plan["problem"] for plan in json.loads(out.read_text())] == ["ended with -6", ""]
 
 
 @needs_compiler
@@ -228,6 +240,7 @@ def test_rings_have_twice_the_bandwidth_of_lines():
         ("v5e:4x4", 4, 1),
         ("v5e:16x16", 256, 4),
         ("v5p:4x4x4", 4, 2),
+        ("v5p:2x4x4", 8, 2),  # less than a cube: no rings
         ("v5e:16x16", 8, 1),
     ):
         topology = find_topology(name)

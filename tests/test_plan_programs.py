@@ -106,6 +106,28 @@ def test_products_are_counted_in_loops():
 
 
 @needs_compiler
+def test_branches_count_as_often_as_they_are_taken():
+    topology = find_topology("v5e:2x2")
+    mesh = jax.make_mesh((4,), ("x",), devices=topology.devices)
+
+    def some(which, x, *weights):
+        branches = [lambda x, w=w: jnp.sum(x @ w, dtype=jnp.float32) for w in weights]
+        return jax.lax.switch(which, branches, x)
+
+    shapes = [(256, 256), *((256, 256 << power) for power in range(3))]
+    arguments = [_argument((), mesh, P(), jnp.int32), *(_argument(s, mesh, P()) for s in shapes)]
+    program = compiled(lambda: jax.jit(some).lower(*arguments), {})
+    of_branch = [2 * 256 * 256 * (256 << power) for power in range(3)]
+    for shares, wanted in (
+        (None, of_branch[0]),  # the quickest
+        ([0.5, 0.0, 0.5], (of_branch[0] + of_branch[2]) / 2),
+    ):
+        options = {"branches": lambda one, shares=shares: shares}
+        totals = costs.read(program.text, topology, mesh, lambda one, where: None, **options)
+        assert totals.flops == wanted
+
+
+@needs_compiler
 @pytest.mark.parametrize(
     "equation, shapes",
     [

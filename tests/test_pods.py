@@ -1,18 +1,27 @@
 """The table of pods: its settings, what was planned with them, how it is made."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from configs.pods import PODS
-from neo_jax.plan import pods
+from neo_jax.plan import pods, search
+from neo_jax.plan.chips import CHIPS
 from neo_jax.plan.report import LEAST_SPARE
 from neo_jax.plan.result import from_json
 from neo_jax.train import config_file
 from neo_jax.train.config import override
 
 DOCS = Path(__file__).parents[1] / "docs"
+
+
+def _rows():
+    kept = json.loads((DOCS / "pods.json").read_text())
+    rows = {name: kept.pop(" ".join(name)) for name in PODS}
+    assert not kept
+    return rows
 
 
 def test_every_pod_has_settings_that_its_config_takes():
@@ -23,18 +32,46 @@ def test_every_pod_has_settings_that_its_config_takes():
 
 
 def test_the_committed_table_is_of_these_settings_and_everything_fits():
-    kept = json.loads((DOCS / "pods.json").read_text())
-    rows = {name: kept.pop(name) for name in map(" ".join, PODS)}
-    assert not kept
+    rows = {" ".join(name): row for name, row in _rows().items()}
     for name, row in rows.items():
         assert tuple(row["settings"]) == PODS[tuple(name.split())], name
         plan = from_json(row["plan"])
+        # What is executed is no less than what the model needs.
+        assert plan.times.products > plan.model_flops / CHIPS[plan.chip].flops, name
         assert not plan.problem, name
         assert not plan.warnings, name
         assert plan.memory.spare >= LEAST_SPARE, name
         assert plan.all_reduced < 0.1e9, name
     _, table = pods.markdown(rows).split("| config")
     assert (DOCS / "pods.md").read_text().endswith(table)
+
+
+def test_a_search_leaves_out_nothing_that_fits():
+    """Of every row of the table, the bytes that are known beforehand are no more than it needs."""
+    for (name, pod), row in _rows().items():
+        path = f"configs/{name}.py"
+        module = config_file.load(path)
+        c = config_file.on_pod(module.get_config(), path, pod)
+        fixed = {"mesh": c.mesh, "remat": c.remat, "micro_batches": c.micro_batches}
+        ((one, least),) = search.candidates(c, module.MODEL, pod, **fixed)
+        assert one == c
+        assert least <= row["plan"]["memory"]["total"], (name, pod)
+
+
+def test_a_row_that_failed_is_made_again(tmp_path, monkeypatch):
+    ends = iter([-6, 2])
+
+    def dies(command, **options):
+        return subprocess.CompletedProcess(command, next(ends), "", "a reason\n")
+
+    monkeypatch.setattr(subprocess, "run", dies)
+    monkeypatch.setattr(pods, "find_topology", lambda pod: None)
+    table = tmp_path / "pods.md"
+    for _ in range(2):
+        assert pods.write_table(str(table), "2b_sft v5e-16") == 1
+        assert "failed: a reason" in table.read_text()
+    with pytest.raises(StopIteration):
+        pods.write_table(str(table), "2b_sft v5e-16")
 
 
 def test_the_table_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
@@ -44,7 +81,7 @@ def test_the_table_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
         if len(made) == 2:
             raise KeyboardInterrupt
         made.append((config, pod))
-        return {"error": "nothing"}
+        return {"plan": {"problem": "nothing", "warnings": []}}
 
     monkeypatch.setattr(pods, "_row", row)
     monkeypatch.setattr(pods, "find_topology", lambda pod: None)

@@ -15,7 +15,7 @@ import jax
 from neo_jax.errors import InputError
 from neo_jax.model.decoder import REMAT_POLICIES
 from neo_jax.plan import pods, report, search
-from neo_jax.plan.figure import draw
+from neo_jax.plan.figure import draw, require_drawing
 from neo_jax.plan.packing import CAUSAL, MIXES
 from neo_jax.plan.serving import plan_serving
 from neo_jax.plan.topology import PODS, find_topology, parse_sizes
@@ -63,7 +63,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--topology", metavar="T", help=f"v5e:16x16, chips each way, or {', '.join(PODS)}")
     add("--pod", metavar="P", help="a slice and what configs/pods.py has for it")
     add("--mesh", metavar="DxFxT", help="data x fsdp x tensor[ x context]; default: the config's")
-    add("--remat", choices=list(REMAT_POLICIES))
+    add("--remat", choices=REMAT_POLICIES)
     add("--micro-batches", type=positive, metavar="N")
     add("--length", type=positive, metavar="N", help="tokens of a row")
     add("--rows", type=positive, metavar="N", help="of a step")
@@ -85,7 +85,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--json", metavar="FILE", help="write the plans; - prints them instead of tables")
     add("--png", metavar="FILE", help="draw memory and time")
     add("--no-cache", action="store_true", help="compile anew")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def positive(text: str) -> int:
@@ -95,17 +95,11 @@ def positive(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    for path in filter(None, (args.json, args.png)):
-        if path != "-":
-            open(path, "ab").close()  # before the long work
+    check(args)
     if args.pods:
         return pods.write_table(
             args.pods, args.only, with_flags=not args.no_flags, anew=args.no_cache
         )
-    if not args.config or bool(args.topology) == bool(args.pod):
-        raise InputError("name a config and either --topology or --pod; --help has examples")
-    if args.config and "=" in args.config:
-        raise InputError(f"{args.config}: name the config before the settings")
     module = config_file.load(args.config)
     config = module.get_config()
     if args.pod:
@@ -147,7 +141,32 @@ def run(args: argparse.Namespace) -> int:
     if args.json != "-":
         print(report.ranking(plans) if args.search else "\n\n".join(map(report.table, plans)))
     write(args, plans)
-    return 1 if all(plan.problem for plan in plans) else 0
+    if args.search:
+        return 1 if all(plan.problem for plan in plans) else 0
+    return 1 if any(plan.problem or plan.warnings for plan in plans) else 0
+
+
+def check(args: argparse.Namespace) -> None:
+    """Says what cannot be before the long work.
+
+    Raises:
+      InputError: for options that do not go together.
+      OSError: for a file that cannot be written.
+    """
+    chosen = [name for name in ("search", "serve", "pods") if getattr(args, name)]
+    if len(chosen) > 1:
+        raise InputError(f"--{chosen[0]} and --{chosen[1]} do not go together")
+    if args.pods and (args.config or args.json or args.png):
+        raise InputError("--pods has its own configs and files: give no config, --json or --png")
+    if not args.pods and (not args.config or bool(args.topology) == bool(args.pod)):
+        raise InputError("name a config and either --topology or --pod; --help has examples")
+    if args.config and "=" in args.config:
+        raise InputError(f"{args.config}: name the config before the settings")
+    if args.png:
+        require_drawing(args.png)
+    for path in filter(None, (args.json, args.png)):
+        if path != "-":
+            open(path, "ab").close()
 
 
 def requested(c: Config, args: argparse.Namespace, topology: str) -> Config:

@@ -22,9 +22,11 @@ from neo_jax.plan.kernels import (
     PRODUCTS,
     STACKED,
     STREAMED,
+    flops_per_pair,
     read_bytes,
 )
 from neo_jax.plan.packing import Row, visited
+from neo_jax.plan.timeline import KernelWork
 
 TABLE = Path(__file__).with_name("kernel_cycles.json")
 
@@ -72,27 +74,32 @@ class Attention:
     """Attention on one device, of one call of a kernel."""
 
     chip: Chip
-    rows: tuple[Row, ...]  # sampled rows of the packing
+    rows: tuple[Row, ...]  # sampled rows of the packing; none: of a prompt, one row at a time
     rows_per_call: float  # that one device computes in a call; a part of one with context parallel
     groups: int  # key heads of a device
     heads_of_group: int
+    widths: tuple[int, int]  # of queries and keys, of values
 
-    def seconds(self, one: Instruction, where: Computation) -> float | None:
+    def work(self, one: Instruction, where: Computation) -> KernelWork | None:
         """Of a call; of attention the mean over the sampled rows. None for an unknown kernel."""
         name = kernel_name(one) or ""
         if name in STACKED:
             operands = [where.by_name[operand] for operand in one.operands]
-            return read_bytes(one, operands) / self.chip.hbm_bandwidth
+            return KernelWork(read_bytes(one, operands) / self.chip.hbm_bandwidth)
         if name in STREAMED:
             return self._streamed(name, one)
         steps = table().get(name, {}).get(self.chip.name)
         if steps is None:
             return None
-        visits, whole = self._visits(steps.block_q, steps.block_k).mean(axis=0)
+        visits, whole = self._mean_visits(steps, one, where)
         cycles = steps.cycles(visits, whole, self.groups, self.heads_of_group)
-        return self.rows_per_call * cycles / self.chip.cores / self.chip.clock
+        pairs = visits * steps.block_q * steps.block_k * self.groups * self.heads_of_group
+        return KernelWork(
+            self.rows_per_call * cycles / self.chip.cores / self.chip.clock,
+            self.rows_per_call * pairs * flops_per_pair(name, *self.widths),
+        )
 
-    def _streamed(self, name: str, one: Instruction) -> float | None:
+    def _streamed(self, name: str, one: Instruction) -> KernelWork | None:
         cycles = streamed().get(name, {}).get(self.chip.name)
         if cycles is None:
             return None
@@ -101,13 +108,21 @@ class Attention:
         # One after the other, on one core; or as fast as memory gives and takes them.
         result_bytes = sum(array.bytes for array in heads)
         moved = STREAMED[name] * result_bytes / self.chip.hbm_bandwidth
-        return max(blocks * cycles / self.chip.clock, moved)
+        return KernelWork(max(blocks * cycles / self.chip.clock, moved))
 
     @functools.cached_property
     def imbalance(self) -> float:
         """Visits of the fullest sampled row, per visits of the mean one: what all wait for."""
         visits = self._visits(BLOCK_Q, BLOCK_K)[:, 0]
         return float(visits.max() / visits.mean())
+
+    def _mean_visits(self, steps: Steps, one: Instruction, where: Computation) -> np.ndarray:
+        if self.rows:
+            return self._visits(steps.block_q, steps.block_k).mean(axis=0)
+        operands = [where.by_name[operand].arrays[0].shape for operand in one.operands]
+        _, keys, _ = [shape for shape in operands if len(shape) == 3][1]
+        # A row of a prompt takes the smallest power of two of keys: it sees 3/4 in the mean.
+        return np.array([max(1.0, 0.75 * keys / steps.block_k), 0.0])
 
     def _visits(self, block_q: int, block_k: int) -> np.ndarray:
         return np.array([visited(row, block_q, block_k) for row in self.rows], float)
@@ -118,6 +133,5 @@ def attention(
 ) -> Attention:
     """Of a model whose heads are split over `tensor` devices."""
     groups = max(1, c.num_key_value_heads // tensor)
-    return Attention(
-        chip, rows, rows_per_call, groups, c.num_attention_heads // c.num_key_value_heads
-    )
+    heads = c.num_attention_heads // c.num_key_value_heads
+    return Attention(chip, rows, rows_per_call, groups, heads, (c.qk_width, c.head_dim))

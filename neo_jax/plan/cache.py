@@ -10,18 +10,49 @@ import gzip
 import hashlib
 import json
 import os
+import sys
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
-from neo_jax.plan.program import Compiled, Memory
+import jax
 
+from neo_jax.plan.program import Compiled, Memory, compiled
+
+MINUTES = (1.5, 8)  # that a train step of a large model takes to compile on a few cores
 _PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")
+FLAGS = ("LIBTPU_INIT_ARGS", "XLA_FLAGS")
 _ROOT = Path(__file__).parents[1]
 # What a program is made of; of this package, only how it is lowered.
 _SOURCES = ("*.py", "model/*.py", "kernels/*.py", "train/*.py", "infer/*.py", "plan/program.py",
-            "plan/serving.py")  # fmt: skip
+            "plan/serving.py", "weights/place.py")  # fmt: skip
+
+
+def compiled_once(
+    request: dict,
+    lower: Callable[[], jax.stages.Lowered],
+    options: dict[str, str],
+    *,
+    use_cache: bool = True,
+) -> tuple[Compiled, bool]:
+    """The program of a request, and whether it was there already.
+
+    Raises:
+      InputError: when the compiler refuses an option.
+    """
+    name = key(request)
+    if use_cache and (found := load(name)):
+        return found, True
+    print(  # since the compiler says nothing meanwhile
+        f"compiling {request['program']} for {request['topology']}: seconds for a small model, "
+        f"{MINUTES[0]} to {MINUTES[1]} minutes for a large one",
+        file=sys.stderr,
+    )
+    made = compiled(lower, options)
+    store(name, made, request)
+    return made, False
 
 
 def directory() -> Path:
@@ -34,8 +65,8 @@ def directory() -> Path:
 def key(request: dict) -> str:
     """Of everything that the program depends on."""
     whole = {"request": request, "versions": versions(), "sources": sources()}
-    if arguments := os.environ.get("LIBTPU_INIT_ARGS"):  # the compiler reads these itself
-        whole["LIBTPU_INIT_ARGS"] = arguments
+    # The compiler reads these itself.
+    whole |= {name: os.environ[name] for name in FLAGS if os.environ.get(name)}
     return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 

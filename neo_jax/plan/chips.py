@@ -21,7 +21,7 @@ class Chip:
     usable_gib: float  # HBM of a device that a program can have
     hbm_bandwidth: float  # bytes per second of a device
     link_bandwidth: float  # bytes per second of one link between neighbours, one way
-    ring: int  # a dimension of the slice that is a multiple of this is closed to a ring
+    ring: int  # a side of the slice that is a multiple of this is closed to a ring
     cores: int  # of a device: each runs its share of a kernel's heads
     flags: tuple[tuple[str, str], ...]  # of the compiler, for runs and for plans
     to_read: tuple[tuple[str, str], ...]  # for plans only

@@ -10,16 +10,16 @@ from neo_jax.plan.chips import Chip
 from neo_jax.plan.collectives import Collective, Network
 from neo_jax.plan.packing import Row
 from neo_jax.plan.result import Times, Traffic
-from neo_jax.plan.timeline import KernelTime, Totals
+from neo_jax.plan.timeline import Kernels, Totals
 from neo_jax.plan.topology import Topology
 from neo_jax.sharding import AXES
 from neo_jax.train.metrics import flops_per_batch
 
 
-def read(text: str, topology: Topology, mesh: Mesh, kernel_time: KernelTime) -> Totals:
-    """Adds up a program's final text."""
-    module = hlo.parse(text)
-    return timeline.walk(module, Network(topology, mesh), topology.chip.clock, kernel_time)
+def read(text: str, topology: Topology, mesh: Mesh, kernels: Kernels, **options) -> Totals:
+    """Adds up a program's final text; options are those of `timeline.walk`."""
+    network = Network(topology, mesh)
+    return timeline.walk(hlo.parse(text), network, topology.chip.clock, kernels, **options)
 
 
 def times(totals: Totals, chip: Chip) -> Times:
@@ -35,7 +35,7 @@ def times(totals: Totals, chip: Chip) -> Times:
         waits=totals.waits,
         network=sum(one.seconds * count for one, count, _ in totals.collectives),
         memory=totals.hbm_bytes / chip.hbm_bandwidth,
-        products=totals.flops / chip.flops,
+        products=(totals.flops + totals.kernel_flops) / chip.flops,
         by_kind=seconds(0),
         by_part=seconds(1),
         by_phase=seconds(2),

@@ -6,13 +6,18 @@ from neo_jax.data.record import require
 from neo_jax.plan.result import GIB, NOTICE, Plan
 
 
+def require_drawing(path: str) -> None:
+    """Raises InputError without matplotlib."""
+    require("matplotlib.figure", "neo-ov-jax[plots]", path)
+
+
 def draw(plans: Sequence[Plan], path: str) -> None:
     """Writes a PNG: a bar of memory and a bar of time for each plan that fits.
 
     Raises:
       InputError: without matplotlib.
     """
-    require("matplotlib.figure", "neo-ov-jax[plots]", path)
+    require_drawing(path)
     from matplotlib.figure import Figure
 
     shown = [plan for plan in plans if plan.times] or list(plans)

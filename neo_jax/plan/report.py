@@ -76,8 +76,8 @@ def _body(plan: Plan) -> Iterator[str]:
         if not title:
             yield _line("  kernels", f"{1e3 * times.kernels:.1f}")
             yield _line("  waits for the network", f"{1e3 * times.waits:.1f}")
-    yield _line("bound of the program", f"{1e3 * times.step:.1f}", f"{times.bound_by} bound")
-    yield _line("roofline of its work", f"{1e3 * times.roofline:.1f}")
+    yield _line("bound of the program", f"{1e3 * times.step:.1f}")
+    yield _line("roofline of its work", f"{1e3 * times.roofline:.1f}", f"bound by {times.bound_by}")
     yield _line("all collectives, in a row", f"{1e3 * times.network:.1f}")
     if plan.mfu:
         yield _line(

@@ -46,7 +46,7 @@ class Times:
     waits: float  # for the network alone
     network: float  # all collectives, one after the other
     memory: float  # bytes moved in HBM at its bandwidth
-    products: float  # matrix products that are executed, at peak
+    products: float  # matrix products that are executed, those of kernels too, at peak
     by_kind: dict[str, float]  # of operations
     by_part: dict[str, float]
     by_phase: dict[str, float]
@@ -67,9 +67,8 @@ class Times:
 
     @property
     def bound_by(self) -> str:
-        if self.step > self.compute + self.waits:
-            return "network" if self.network >= self.memory else "memory"
-        return "compute and network" if self.waits > 0.1 * self.compute else "compute"
+        """What sets the roofline: products, memory or network."""
+        return max(("products", "memory", "network"), key=lambda name: getattr(self, name))
 
 
 @dataclasses.dataclass(frozen=True)

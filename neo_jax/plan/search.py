@@ -17,19 +17,18 @@ from pathlib import Path
 
 import jax
 import tqdm
+from jax.sharding import Mesh
 
 from neo_jax.config import ModelConfig
 from neo_jax.errors import InputError
-from neo_jax.model.decoder import REMAT_POLICIES
-from neo_jax.plan.program import device_bytes, training_arguments
+from neo_jax.model.decoder import KEPT, REMAT_POLICIES
+from neo_jax.plan.cache import MINUTES
+from neo_jax.plan.program import device_bytes, training_batch, training_state
 from neo_jax.plan.result import GIB, MemoryUse, Plan, from_json
 from neo_jax.plan.topology import find_topology
 from neo_jax.plan.training import tensor_size
-from neo_jax.sharding import batch_rows, describe
+from neo_jax.sharding import describe
 from neo_jax.train.config import Config
-
-MINUTES = (1.5, 5)  # that a program takes to compile, about
-MICRO_BATCHES = (1, 2, 4)
 
 
 def search(args: argparse.Namespace, c: Config, model: ModelConfig, topology: str) -> list[Plan]:
@@ -38,7 +37,10 @@ def search(args: argparse.Namespace, c: Config, model: ModelConfig, topology: st
     Raises:
       InputError: when nothing can fit.
     """
-    found = list(candidates(c, model, topology, tuple(c.mesh) if args.mesh else None))
+    fixed = {
+        name: getattr(c, name) for name in ("mesh", "remat", "micro_batches") if getattr(args, name)
+    }
+    found = list(candidates(c, model, topology, **fixed))
     fitting = sorted((one for one in found if one[1] <= _limit(topology)), key=_promise)
     if not fitting:
         least = min(size for _, size in found) / GIB if found else 0
@@ -68,36 +70,60 @@ def one_line(plan: Plan) -> str:
 
 
 def candidates(
-    c: Config, model: ModelConfig, topology: str, mesh: tuple[int, ...] | None = None
+    c: Config,
+    model: ModelConfig,
+    topology: str,
+    *,
+    mesh: tuple[int, ...] | None = None,
+    remat: str | None = None,
+    micro_batches: int | None = None,
 ) -> Iterator[tuple[Config, int]]:
-    """Configs and the least bytes that each needs on a device; tokens of a step stay the same."""
+    """Configs and the least bytes that each needs on a device; tokens of a step stay the same.
+
+    Args:
+      mesh, remat, micro_batches: those of every candidate, where they are not to be tried.
+    """
     slice_ = find_topology(topology)
     for sizes in [mesh] if mesh else _meshes(len(slice_.devices), model):
         try:
             placed = slice_.mesh(sizes)
-        except InputError:  # the slice has no such axes
+            one = dataclasses.replace(c, mesh=sizes, micro_batches=1)
+            with jax.set_mesh(placed):
+                state_bytes = device_bytes(training_state(one, model, placed))
+        except InputError:  # the slice has no such axes, or they do not divide the parameters
             continue
-        for micro in MICRO_BATCHES:
-            if c.data.rows % (micro * batch_rows(placed)):
-                continue
-            one = dataclasses.replace(c, mesh=sizes, micro_batches=micro)
+        for micro in [micro_batches] if micro_batches else _powers(c.data.rows):
+            one = dataclasses.replace(one, micro_batches=micro)
             try:
-                with jax.set_mesh(placed):
-                    held = device_bytes(training_arguments(one, model, placed))
-            except InputError:  # it does not divide the parameters
-                break
-            for remat in REMAT_POLICIES:
-                one = dataclasses.replace(one, remat=remat)
+                one.check_mesh(placed)
+            except InputError:
+                continue
+            held = state_bytes + device_bytes(training_batch(one, placed))
+            for policy in [remat] if remat else REMAT_POLICIES:
+                one = dataclasses.replace(one, remat=policy)
                 yield one, held + _kept_bytes(one, model, placed)
 
 
-def _kept_bytes(c: Config, model: ModelConfig, mesh) -> int:
-    """Of the residual stream, which every policy keeps: no program has less."""
-    rows = c.data.rows * tensor_size(mesh) / mesh.size / c.micro_batches  # or a part of one
-    kept = rows * c.data.length * model.hidden_size * 2 * model.num_layers
-    if c.remat == "none":  # and the inputs of every product
-        kept *= 1 + (2 * model.intermediate_size + model.hidden_size) / model.hidden_size
-    return int(kept)
+def _powers(rows: int) -> list[int]:
+    """1, 2, 4, ... up to the rows: every one of them alone."""
+    return [1 << power for power in range(rows.bit_length()) if not rows % (1 << power)]
+
+
+def _kept_bytes(c: Config, model: ModelConfig, mesh: Mesh) -> int:
+    """Of what the backward pass keeps of every layer: no program has less."""
+    heads, key_heads = model.num_attention_heads, model.num_key_value_heads
+    widths = {
+        "attended": 2 * heads * model.head_dim,
+        "log_sum": 4 * heads,
+        "projected": 2 * (heads + key_heads) * model.qk_width + 2 * key_heads * model.head_dim,
+        "gate": 2 * model.intermediate_size,
+        "up": 2 * model.intermediate_size,
+    }
+    tokens = c.data.rows * c.data.length / mesh.size / c.micro_batches
+    # Devices that share heads have the whole residual stream each.
+    of_token = 2 * model.hidden_size * tensor_size(mesh)
+    of_token += sum(widths[name] for name in KEPT.get(c.remat, widths))
+    return int(tokens * of_token * model.num_layers)
 
 
 def _meshes(count: int, model: ModelConfig) -> Iterator[tuple[int, ...]]:
@@ -110,8 +136,8 @@ def _meshes(count: int, model: ModelConfig) -> Iterator[tuple[int, ...]]:
 def _promise(candidate: tuple[Config, int]) -> tuple:
     """What is tried first: little communication, little computed twice."""
     c, _ = candidate
-    recomputed = {"none": 0, "full": 2}.get(c.remat, 1)
-    return (c.mesh[2], len(c.mesh), c.mesh[0], recomputed, c.micro_batches)
+    computed_twice = len(REMAT_POLICIES) - REMAT_POLICIES.index(c.remat)
+    return (c.mesh[2], len(c.mesh), c.mesh[0], computed_twice, c.micro_batches)
 
 
 def _limit(topology: str) -> float:

@@ -1,5 +1,6 @@
 """Plans the two programs of generation: prefill and decode, compiled for a slice."""
 
+import bisect
 import dataclasses
 
 import jax
@@ -11,14 +12,15 @@ from neo_jax.config import PATCH_CHANNELS, ModelConfig
 from neo_jax.errors import InputError
 from neo_jax.infer import programs, sampling, shapes
 from neo_jax.model.cache import STACKS
+from neo_jax.model.prefill import SIZES, key_sizes
 from neo_jax.plan import cache, costs, hlo
 from neo_jax.plan.attention import attention
 from neo_jax.plan.collectives import everything
-from neo_jax.plan.packing import CAUSAL, packed
-from neo_jax.plan.program import Compiled, compiled, device_bytes, place
+from neo_jax.plan.program import Compiled, device_bytes, place
 from neo_jax.plan.result import GIB, MemoryUse, Plan
 from neo_jax.plan.topology import Topology, find_topology
 from neo_jax.plan.training import UNREADABLE, tensor_size
+from neo_jax.plan.work import branches
 from neo_jax.sharding import batch_rows, describe, spec
 from neo_jax.train.metrics import flops_per_batch
 from neo_jax.weights.place import param_target
@@ -81,14 +83,14 @@ class _Serving:
         settings |= {"prefill": self.prefill, "weights": self.weights or self.model.dtype}
         request = settings | {"program": program, "options": options, "mesh": dict(self.mesh.shape)}
         request |= {"model": dataclasses.asdict(self.model), "topology": self.slice_.name}
-        key = cache.key(request)
-        made = cache.load(key) if use_cache else None
-        is_cached = made is not None
         with jax.set_mesh(self.mesh):
             params, state = self._params(), self._state()
-            if made is None:
-                made = compiled(lambda: self._lower(program, params, state), options)
-                cache.store(key, made, request)
+            made, is_cached = cache.compiled_once(
+                request,
+                lambda: self._lower(program, params, state),
+                options,
+                use_cache=use_cache,
+            )
         plan = Plan(
             name=name,
             program=program,
@@ -178,9 +180,10 @@ class _Serving:
 
     def _with_costs(self, plan: Plan, made: Compiled, params: dict, state: dict) -> Plan:
         chip, parts = self.slice_.chip, batch_rows(self.mesh)
-        prompt = packed(CAUSAL, self.prefill, 1)
-        counted = attention(chip, self.model, prompt, 1, tensor_size(self.mesh))
-        totals = costs.read(made.text, self.slice_, self.mesh, counted.seconds)
+        counted = attention(chip, self.model, (), 1, tensor_size(self.mesh))
+        totals = costs.read(
+            made.text, self.slice_, self.mesh, counted.work, branches=self._shares_of_sizes
+        )
         times = costs.times(totals, chip)
         copies = kv_copies(made.text, self.layer_bytes(state))
         notes = {"copies as large as a layer's keys": len(copies), "they are": copies[:5]}
@@ -188,7 +191,7 @@ class _Serving:
         notes |= {"loops counted once": sorted(set(totals.unknown_loops))}
         flops = 0.0
         if plan.program == "prefill":
-            tokens = self.chunk_rows * shapes.ROW * parts / self.mesh.size
+            tokens = self.prefill * parts / self.mesh.size
             keys = tokens * self.prefill / 2
             flops = flops_per_batch(self.model, tokens, 0, keys) / 3  # forward only
             flops -= 2 * self.model.vocab_size * self.model.hidden_size * tokens  # last ones only
@@ -213,6 +216,16 @@ class _Serving:
             notes=notes,
             warnings=tuple(f"gathered whole: {what}" for what in made.rematerialized),
         )
+
+    def _shares_of_sizes(self, one: hlo.Instruction) -> list[float] | None:
+        """How many rows of one prompt need which number of keys; padding takes the fewest."""
+        sizes = key_sizes(self.chunk_rows, shapes.ROW)
+        if SIZES not in one.op_name or len(branches(one)) != len(sizes) or len(sizes) < 3:
+            return None
+        needed = [shapes.ROW * (row + 1) for row in range(shapes.rows_for(self.prefill))]
+        taken = [bisect.bisect_left(sizes, keys) for keys in needed]
+        taken += [0] * (self.chunk_rows - len(taken))
+        return [taken.count(size) / self.chunk_rows for size in range(len(sizes))]
 
     def layer_bytes(self, state: dict) -> int:
         """Of one layer's values on a device: the smallest array that is as large as a cache."""

@@ -8,15 +8,27 @@ work ends before it.
 
 import collections
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from neo_jax.plan import collectives as net
 from neo_jax.plan import work
 from neo_jax.plan.hlo import Computation, Instruction, Module
 
 KERNEL = "tpu_custom_call"
-# Gives the seconds of a kernel's call, None for one that it does not know.
-KernelTime = Callable[[Instruction, Computation], float | None]
+
+
+class KernelWork(NamedTuple):
+    """Of one call of a kernel."""
+
+    seconds: float
+    flops: float = 0.0
+
+
+# None for a kernel that it does not know.
+Kernels = Callable[[Instruction, Computation], KernelWork | None]
+# How often each branch of a conditional is taken; None: the quickest, since times are bounds.
+Branches = Callable[[Instruction], Sequence[float] | None]
 
 
 @dataclasses.dataclass
@@ -29,6 +41,7 @@ class Totals:
     flops: float = 0.0  # of matrix products outside of kernels, as executed
     hbm_bytes: float = 0.0
     kernel_seconds: float = 0.0
+    kernel_flops: float = 0.0
     kernel_calls: dict[str, float] = dataclasses.field(default_factory=dict)
     waits: float = 0.0  # seconds in which nothing runs but the network
     collectives: list[tuple[net.Collective, float, bool]] = dataclasses.field(default_factory=list)
@@ -83,11 +96,15 @@ class _Clock:
 
 
 def walk(
-    module: Module, network: net.Network, clock_rate: float, kernel_time: KernelTime
+    module: Module,
+    network: net.Network,
+    clock_rate: float,
+    kernels: Kernels,
+    branches: Branches = lambda one: None,
 ) -> Totals:
     """Adds up the program's work. Loops whose count depends on data are counted once and named."""
     totals = Totals(collections.defaultdict(float))
-    _Walk(module, network, clock_rate, kernel_time, totals).run(module[module.entry], 1.0)
+    _Walk(module, network, clock_rate, kernels, branches, totals).run(module[module.entry], 1.0)
     return totals
 
 
@@ -96,7 +113,8 @@ class _Walk:
     module: Module
     network: net.Network
     clock_rate: float
-    kernel_time: KernelTime
+    kernels: Kernels
+    branches: Branches
     totals: Totals
 
     def __post_init__(self):
@@ -128,9 +146,11 @@ class _Walk:
             clock.now += trips * self.run(self.module[one.called("body")], times * trips)
 
     def _call(self, one: Instruction, times: float) -> float:
-        """A conditional is its quickest branch: times are bounds."""
         if one.op == "call":
             return self.run(self.module[one.called("to_apply")], times)
+        if shares := self.branches(one):
+            taken = zip(work.branches(one), shares, strict=True)
+            return sum(share * self.run(self.module[name], share * times) for name, share in taken)
         whole, found = self.totals, []
         for name in work.branches(one):
             self.totals = Totals(collections.defaultdict(float))
@@ -141,15 +161,16 @@ class _Walk:
         return seconds
 
     def _kernel(self, where: Computation, one: Instruction, times: float) -> float:
-        seconds = self.kernel_time(one, where)
+        done = self.kernels(one, where)
         name = one.op_name or one.name
-        if seconds is None:
+        if done is None:
             self.totals.unknown_kernels.append(name)
             return 0.0
-        self.totals.kernel_seconds += times * seconds
+        self.totals.kernel_seconds += times * done.seconds
+        self.totals.kernel_flops += times * done.flops
         kernel = one.name.rstrip(".0123456789")
         self.totals.kernel_calls[kernel] = self.totals.kernel_calls.get(kernel, 0.0) + times
-        return seconds
+        return done.seconds
 
     def _compute(self, where, one: Instruction, times: float, clock: _Clock) -> None:
         key = (work.kind(self.module, one), work.part(one.op_name), work.phase(one.op_name))

@@ -72,14 +72,17 @@ class Topology:
         """Bytes per second that each of a group of devices can send to the others.
 
         A dimension of the slice along which the group extends serves it with two links of each
-        chip where it is a ring, else with one.
+        chip where it is a ring, else with one. Slices in three dimensions have rings when they are
+        made of whole cubes, others along each side that is as long as a pod's.
         """
         places = np.array([device.coords for device in devices])
-        links = 0
-        for along, size in zip(places.T, (*self.shape, 1, 1), strict=False):
+        links, is_ring = 0, [size % self.chip.ring == 0 for size in self.shape]
+        if len(self.shape) == 3:
+            is_ring = [all(is_ring)] * 3
+        for along, size, closed in zip(places.T, self.shape, is_ring, strict=False):
             extent = len(set(along.tolist()))
             if extent > 1:
-                links += 2 if extent == size and size % self.chip.ring == 0 else 1
+                links += 2 if extent == size and closed else 1
         # Devices of one chip talk through its memory, which no program waits for first.
         return links * self.chip.link_bandwidth if links else self.chip.hbm_bandwidth / 2
 

@@ -14,7 +14,6 @@ from neo_jax.plan.attention import attention
 from neo_jax.plan.packing import packed
 from neo_jax.plan.program import (
     Compiled,
-    compiled,
     device_bytes,
     lower_training,
     training_arguments,
@@ -70,12 +69,9 @@ def plan_training(
     rows = packed(packing, config.data.length, SAMPLED_ROWS)
     all_options = slice_.chip.options(with_flags) | (options or {})
     request = _request(config, model, slice_, mesh, all_options)
-    key = cache.key(request)
-    program = cache.load(key) if use_cache else None
-    is_cached = program is not None
-    if program is None:
-        program = compiled(lambda: lower_training(config, model, mesh), all_options)
-        cache.store(key, program, request)
+    program, is_cached = cache.compiled_once(
+        request, lambda: lower_training(config, model, mesh), all_options, use_cache=use_cache
+    )
     plan = Plan(
         name=name,
         program="train",
@@ -107,7 +103,7 @@ def _with_costs(plan: Plan, program: Compiled, config, model, mesh: Mesh, slice_
     per_device = config.data.rows / mesh.size  # rows; a part of one where devices share it
     tensor = tensor_size(mesh)
     counted = attention(chip, model, rows, per_device * tensor / config.micro_batches, tensor)
-    totals = costs.read(program.text, slice_, mesh, counted.seconds)
+    totals = costs.read(program.text, slice_, mesh, counted.work)
     trained = () if config.lora.rank else config.trained
     times = costs.times(totals, chip)
     flops = costs.model_flops(model, trained, rows) / len(rows) * per_device
