@@ -133,8 +133,8 @@ class ModelConfig:
             )
         theta = reader.get("llm_config", "rope_theta", None)
         if theta is None:  # transformers 5 writes it one level down
-            parameters = (hf.get("llm_config") or {}).get("rope_parameters") or {}
-            theta = parameters.get("rope_theta", 1e6)
+            parameters = reader.get("llm_config", "rope_parameters", None)
+            theta = parameters.get("rope_theta", 1e6) if isinstance(parameters, Mapping) else 1e6
         tied = reader.get("llm_config", "tie_word_embeddings", False)
         if tie_word_embeddings is not None:
             tied = tie_word_embeddings

@@ -209,6 +209,9 @@ def test_config_problems_come_together():
         type(TINY).from_hf(hf)
     with raises("no section 'vision_config'"):
         type(TINY).from_hf({"llm_config": llm})
+    for section in ("a text", ["a list"]):
+        with raises("no section 'llm_config'"):
+            type(TINY).from_hf({**hf, "llm_config": section})
 
 
 def test_broken_config_json_is_named(broken):
