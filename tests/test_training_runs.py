@@ -79,8 +79,9 @@ def stopped(workdir, at, **changes):
 
 
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2), (1, 8, 1)], ids=str)
-def test_a_terminated_run_goes_on_as_if_nothing_had_happened(unbroken, mesh, tmp_path):
-    first = stopped(tmp_path, 3)
+def test_a_terminated_run_goes_on_as_if_nothing_had_happened(unbroken, mesh, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path.parent)
+    first = stopped(tmp_path.name, 3)
     assert first.is_stopped
     assert 3 < first.step < 6
     second = train(dataclasses.replace(CONFIG, workdir=str(tmp_path), mesh=mesh))

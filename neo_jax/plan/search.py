@@ -45,8 +45,8 @@ def search(args: argparse.Namespace, c: Config, model: ModelConfig, topology: st
     if not fitting:
         least = min(size for _, size in found) / GIB if found else 0
         raise InputError(
-            f"nothing fits: the smallest of {len(found)} candidates needs {least:.1f} GiB of "
-            f"{_limit(topology) / GIB:.2f} before activations; use more devices"
+            f"nothing fits: the smallest of {len(found)} candidates needs {least:.1f} GiB or more "
+            f"of {_limit(topology) / GIB:.2f}; use more devices or shorter rows"
         )
     chosen = fitting[: args.most]
     low, high = (len(chosen) * minutes for minutes in MINUTES)

@@ -33,7 +33,7 @@ from neo_jax.train.checkpoint import Checkpoints
 from neo_jax.train.config import Config
 from neo_jax.train.metrics import Metrics, append_line
 from neo_jax.train.progress import Progress
-from neo_jax.train.start import run_mesh, starting_point, write_run
+from neo_jax.train.start import run_folder, run_mesh, starting_point, write_run
 from neo_jax.train.step import State, first_state, join_of, make_evaluation, make_step
 
 MOST_EXPLAINED = 1000  # records that could not be used, of which the reason is written down
@@ -62,7 +62,7 @@ def train(c: Config, say: Callable[[str], None] = tqdm.tqdm.write) -> Finished:
         raise InputError("workdir: name a folder for the run, workdir=runs/mine")
     if jax.process_index():  # one voice is enough
         say = _say_nothing
-    workdir, mesh = epath.Path(c.workdir), run_mesh(c.mesh)
+    workdir, mesh = run_folder(c.workdir), run_mesh(c.mesh)
     c.check_mesh(mesh)
     if c.attention == "pallas" and mesh.devices.flat[0].platform != "tpu":
         raise InputError("attention=pallas runs on TPUs: use auto, which takes what runs here")

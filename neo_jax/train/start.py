@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import platform
 from collections.abc import Sequence
 from importlib import metadata
@@ -34,6 +35,11 @@ MAY_CHANGE_IN_DATA = {"max_bad_share"}
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
 RUN = "run.json"
 OF_A_MODEL = ("config.json", "generation_config.json")
+
+
+def run_folder(workdir: str) -> epath.Path:
+    """The folder of a run. A local one is absolute, as Orbax asks for."""
+    return epath.Path(workdir if "://" in workdir else os.path.abspath(workdir))
 
 
 def run_mesh(sizes: tuple[int, ...]) -> Mesh:
@@ -92,7 +98,7 @@ def write_run(
     Raises:
       InputError: naming the settings that differ from those of the run to be resumed.
     """
-    workdir = epath.Path(c.workdir)
+    workdir = run_folder(c.workdir)
     settings = json.loads(json.dumps(dataclasses.asdict(c)))
     path = workdir / RUN
     if path.exists():
