@@ -225,6 +225,8 @@ def test_settings_are_checked_by_name_and_type():
         override(CONFIG, ["steps"])
     with raises("multiple of micro_batches"):
         override(CONFIG, ["micro_batches=3"])
+    with raises("too coarse", "0.999"):
+        override(CONFIG, ["optim.betas=(0.9,0.999)", "optim.state_dtype=bfloat16"])
 
 
 def test_the_command_says_what_is_wrong(tmp_path, capsys):
