@@ -1,6 +1,7 @@
 """Every test runs on 8 virtual CPU devices; checkpoints and programs are shared within a run."""
 
 import functools
+import importlib.util
 import json
 import tempfile
 from pathlib import Path
@@ -18,6 +19,9 @@ jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="neo_jax_
 import neo_jax  # noqa: E402  (devices first)
 
 GOLDEN = Path(__file__).parent / "golden"
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"
+)
 
 
 @functools.cache
@@ -41,8 +45,8 @@ def raises(*parts: str):
 
 
 # They take minutes: begun last, one of them would keep a single worker busy at the end.
-LONG = ("test_training_runs.py", "test_engine.py", "test_training_numbers.py", "test_kernels.py")
+LONG = ("test_engine", "test_kernels", "test_training_numbers", "test_training_runs")
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name not in LONG)
+    items.sort(key=lambda item: item.path.stem not in LONG)

@@ -1,11 +1,9 @@
 """The pieces that modules are made of, where they differ from the plain rule."""
 
-import importlib.util
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
+from conftest import needs_compiler
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -13,10 +11,6 @@ from neo_jax.model import layers
 from neo_jax.plan import costs
 from neo_jax.plan.program import compiled
 from neo_jax.plan.topology import find_topology
-
-needs_compiler = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"
-)
 
 
 def test_the_gradient_of_a_row_taken_often_is_exact():

@@ -11,7 +11,7 @@ import subprocess
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import raises
+from conftest import needs_compiler, raises
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -26,10 +26,6 @@ from neo_jax.plan.topology import find_topology
 from neo_jax.plan.training import plan_training
 from neo_jax.sharding import make_mesh
 from neo_jax.train.config import override
-
-needs_compiler = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"
-)
 
 
 @pytest.fixture(scope="module", autouse=True)

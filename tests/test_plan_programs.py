@@ -4,12 +4,12 @@ Needs libtpu, the TPU compiler; no TPU.
 """
 
 import functools
-import importlib.util
 import math
 
 import jax
 import jax.numpy as jnp
 import pytest
+from conftest import needs_compiler
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -21,11 +21,6 @@ from neo_jax.plan import (
 )
 from neo_jax.plan.program import compiled
 from neo_jax.plan.topology import find_topology
-
-needs_compiler = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"
-)
-
 
 LAYERS, WIDTH, ROWS = 5, 1024, 512
 

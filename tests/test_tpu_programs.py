@@ -1,7 +1,6 @@
 """What the TPU compiler makes of our kernels, of a step and of decoding. Needs libtpu; no TPU."""
 
 import dataclasses
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -9,18 +8,18 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from conftest import needs_compiler
 from jax.sharding import SingleDeviceSharding
 
 from configs import tiny_shapes
 from neo_jax.config import ModelConfig
 from neo_jax.kernels.interval_attention import interval_attention
+from neo_jax.plan.chips import CHIPS
 from neo_jax.plan.serving import plan_serving
 from neo_jax.plan.topology import find_topology
 from neo_jax.plan.training import plan_training
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"
-)
+pytestmark = needs_compiler
 
 MODEL = ModelConfig(
     hidden_size=512,
@@ -83,6 +82,23 @@ def test_gradients_of_weights_are_scattered():
     assert sum(one.bytes for one in scattered) > matrices
     # What is reduced whole are norms, biases and the first product of patches, which is not split.
     assert plan.all_reduced < 4 * (768 * 1024 + 100_000)
+
+
+@pytest.mark.parametrize("length", [4096, 8192])  # all scores at once, and by the kernel
+def test_a_prefill_is_counted_with_the_keys_that_it_needs(length):
+    prefill, _ = plan_serving(
+        MODEL,
+        "v5e:2x2",
+        mesh=(2, 1, 2),
+        slots=2,
+        max_length=length,
+        prefill=length,
+        with_flags=False,
+        use_cache=False,
+    )
+    executed = prefill.times.products * CHIPS["v5e"].flops
+    # The kernel's blocks have at least 128 queries, a row of a prompt 64.
+    assert prefill.model_flops < executed < 2.5 * prefill.model_flops
 
 
 SCALES = "copy-start f32"  # of int8: small enough to be put into fast memory

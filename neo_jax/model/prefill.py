@@ -16,9 +16,6 @@ from neo_jax.sharding import AXES, spec
 _HEADS, _ROWS = spec("batch", None, "heads", None), spec("batch", None)
 
 
-SIZES = "sizes_of_prompts"  # what programs call the choice among `key_sizes`
-
-
 def key_sizes(rows: int, length: int) -> list[int]:
     """Over how many keys a row can attend, among so many rows: as few as it needs are taken."""
     return sorted({min(length << power, rows * length) for power in range(rows.bit_length() + 1)})
@@ -59,8 +56,7 @@ def attend_rows(
                 return interval_attention(q_tnj[None], k_1skj, v_1skh, first_1t, end_1t, scale)[0]
 
             enough = jnp.sum(jnp.array(sizes) < jnp.max(end_t))
-            with jax.named_scope(SIZES):
-                return jax.lax.switch(enough, [functools.partial(over, size) for size in sizes])
+            return jax.lax.switch(enough, [functools.partial(over, size) for size in sizes])
 
         first_r = length * jnp.arange(count) - start_r
         return jax.lax.map(attend, (q_rtnj, first_r, end_rt))

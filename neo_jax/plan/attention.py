@@ -120,9 +120,11 @@ class Attention:
         if self.rows:
             return self._visits(steps.block_q, steps.block_k).mean(axis=0)
         operands = [where.by_name[operand].arrays[0].shape for operand in one.operands]
-        _, keys, _ = [shape for shape in operands if len(shape) == 3][1]
-        # A row of a prompt takes the smallest power of two of keys: it sees 3/4 in the mean.
-        return np.array([max(1.0, 0.75 * keys / steps.block_k), 0.0])
+        queries, keys = [shape[1] for shape in operands if len(shape) == 3][:2]
+        # A row of a prompt takes the smallest power of two of keys: it sees 3/4 in the mean. Its
+        # blocks of queries are smaller than those whose cycles are known.
+        visits = max(1.0, 0.75 * keys / steps.block_k) * queries / steps.block_q
+        return np.array([visits, 0.0])
 
     def _visits(self, block_q: int, block_k: int) -> np.ndarray:
         return np.array([visited(row, block_q, block_k) for row in self.rows], float)

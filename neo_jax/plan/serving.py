@@ -12,7 +12,7 @@ from neo_jax.config import PATCH_CHANNELS, ModelConfig
 from neo_jax.errors import InputError
 from neo_jax.infer import programs, sampling, shapes
 from neo_jax.model.cache import STACKS
-from neo_jax.model.prefill import SIZES, key_sizes
+from neo_jax.model.prefill import key_sizes
 from neo_jax.plan import cache, costs, hlo
 from neo_jax.plan.attention import attention
 from neo_jax.plan.collectives import everything
@@ -220,7 +220,8 @@ class _Serving:
     def _shares_of_sizes(self, one: hlo.Instruction) -> list[float] | None:
         """How many rows of one prompt need which number of keys; padding takes the fewest."""
         sizes = key_sizes(self.chunk_rows, shapes.ROW)
-        if SIZES not in one.op_name or len(branches(one)) != len(sizes) or len(sizes) < 3:
+        # Of two branches, as other conditionals have, programs do not keep the order.
+        if "/attention/" not in one.op_name or len(branches(one)) != len(sizes) or len(sizes) < 3:
             return None
         needed = [shapes.ROW * (row + 1) for row in range(shapes.rows_for(self.prefill))]
         taken = [bisect.bisect_left(sizes, keys) for keys in needed]
