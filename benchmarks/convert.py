@@ -17,7 +17,7 @@ import resource, sys
 import jax, neo_jax
 jax.devices()
 base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-from convert import from_hf, to_hf
+from neo_jax.convert import from_hf, to_hf
 code = {"from_hf": from_hf, "to_hf": to_hf}[sys.argv[1]].main(sys.argv[2:])
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(f"MEMORY {base / 1e6} {peak / 1e6}")

@@ -34,10 +34,10 @@ import neo_jax
 from benchmarks.random_checkpoint import write_checkpoint
 from benchmarks.reference import Official, Run, code_folder, model_inputs
 from neo_jax import InputError, Pipeline, Request, Sampling
-from neo_jax.config import ModelConfig
+from neo_jax.infer.buckets import ROW, rows_for
 from neo_jax.infer.engine import Engine
-from neo_jax.infer.shapes import ROW, rows_for
 from neo_jax.model.neo import count_params
+from neo_jax.model_config import ModelConfig
 
 MID_SIZE = ModelConfig(
     hidden_size=512,

@@ -20,9 +20,9 @@ import tempfile
 from pathlib import Path
 
 from neo_jax.errors import InputError
-from neo_jax.plan.attention import TABLE, Steps
+from neo_jax.plan.attention_cycles import TABLE, Steps
 from neo_jax.plan.chips import CHIPS
-from neo_jax.plan.kernels import BLOCK_K, BLOCK_Q, PRODUCTS, STREAMED, flops_per_pair
+from neo_jax.plan.kernel_costs import BLOCK_K, BLOCK_Q, PRODUCTS, STREAMED, flops_per_pair
 
 SLICES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "v7x": "v7x:2x2x1"}
 TOLERANCE = 0.02
@@ -101,7 +101,7 @@ def measured(chip: str, group: int) -> tuple[dict[str, Steps], dict[str, int]]:
     """Compiles the kernels for a chip, with `group` query heads to a key head.
 
     Returns:
-      what attention's visits take, and a block of the kernels that stream.
+      what the entries of attention's block list take, and a block of the kernels that stream.
     """
     found, streams = {}, {}
     with tempfile.TemporaryDirectory() as directory:
@@ -149,7 +149,7 @@ def compile_kernels(chip: str, group: int) -> None:
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
-    from neo_jax.kernels.interval_attention import block_visits, interval_attention
+    from neo_jax.kernels.interval_attention import interval_attention, make_block_list
     from neo_jax.kernels.norm_rope import norm_rope
     from neo_jax.plan.topology import find_topology
     from neo_jax.sharding import spec
@@ -160,8 +160,8 @@ def compile_kernels(chip: str, group: int) -> None:
     rows = mesh.size
 
     def loss(q, k, v, start, end):
-        visits = block_visits(start, end, q.shape[1], (QK_WIDTH, V_WIDTH), q.dtype.itemsize)
-        z = interval_attention(q, k, v, start, end, QK_WIDTH**-0.5, visits)
+        block_list = make_block_list(start, end, q.shape[1], (QK_WIDTH, V_WIDTH), q.dtype.itemsize)
+        z = interval_attention(q, k, v, start, end, QK_WIDTH**-0.5, block_list)
         return jnp.sum(z.astype(jnp.float32))
 
     def array(shape, dtype=jnp.bfloat16):

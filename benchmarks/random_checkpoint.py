@@ -14,8 +14,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from configs.models import NEO_OV_2B, NEO_OV_9B, TINY
-from neo_jax.config import QK_LAYOUTS, ModelConfig
+from neo_jax.configs.models import NEO_OV_2B, NEO_OV_9B, TINY
+from neo_jax.model_config import QK_LAYOUTS, ModelConfig
 from neo_jax.weights.mapping import expected_tensors
 from neo_jax.weights.tensor_files import DTYPE_NAMES
 from neo_jax.weights.write import write_tensors

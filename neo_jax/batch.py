@@ -31,7 +31,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from neo_jax.sharding import batch_rows, data_shard, put, stored
+from neo_jax.sharding import batch_rows, data_shard, partition_spec, put
 
 Batch = Mapping[str, jax.Array]
 
@@ -43,7 +43,7 @@ RANK = {"tokens": 2, "segments": 2, "thw": 3, "is_image": 2, "patches": 3, "patc
 RANK |= {"targets": 2, "weights": 2}
 # How a training batch [micro-batches, B, L or P, ...] lies on a mesh.
 PARTITIONS = {
-    name: stored(None, "batch", "time", *[None] * (rank - 2)) for name, rank in RANK.items()
+    name: partition_spec(None, "batch", "time", *[None] * (rank - 2)) for name, rank in RANK.items()
 }
 
 

@@ -7,20 +7,17 @@ parameters are split as well. Fsdp is two axes, because a pod's network is a tor
 reduced over one ring after the other. Over both at once, the TPU compiler reduces it whole on every
 device, for twice the traffic.
 
-A training step is written for one device (`on_each_device`): there `gather` and `scattered` say
-what moves, and only `tensor` is left to the types of arrays. Elsewhere all axes are in the types.
+A training step is written for one device (`collectives.py`): only `tensor` is left to the types of
+arrays there. Elsewhere all axes are in the types.
 """
 
-import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -39,23 +36,21 @@ AXES = {
     "ffw": "tensor",
     "vocab": "tensor",
 }
-EVEN = 2048  # TPUs reduce rows of odd widths whole; wide ones are made a multiple of this
-_ON_DEVICE = ("data", *FSDP)  # the axes that `on_each_device` takes out of the types
 
 
-def stored(*names: str | None) -> P:
+def partition_spec(*names: str | None) -> P:
     """Partition of a parameter whose dimensions have these names; None is not split."""
     return P(*(None if name is None else AXES[name] for name in names))
 
 
 def spec(*names: str | None) -> P:
-    """The same of an array in the model: less the axes that `on_each_device` took out."""
-    return _without(stored(*names), _manual_axes())
+    """The same for an array in the model, without the axes that are manual here."""
+    return without_axes(partition_spec(*names), manual_axes())
 
 
-def gathered(partition: P) -> P:
-    """The same partition with the `embed` dimension whole: what a layer computes with."""
-    return _without(partition, FSDP)
+def without_fsdp(partition: P) -> P:
+    """The partition with the `embed` dimension replicated: what a layer computes with."""
+    return without_axes(partition, FSDP)
 
 
 def make_mesh(
@@ -169,119 +164,14 @@ def data_shard(mesh: Mesh) -> tuple[int, int]:
     return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)
 
 
-def on_each_device(local: Callable, in_specs, out_specs) -> Callable:
-    """`local` run on each device's rows, columns and parts of parameters.
-
-    Partitions are as for the whole arrays; what they say of `tensor` stays in the arrays' types.
-    """
-    ours = functools.partial(_without, axes=("tensor",))
-    in_specs, out_specs = (
-        jax.tree.map(ours, specs, is_leaf=lambda leaf: isinstance(leaf, P))
-        for specs in (in_specs, out_specs)
-    )
-    return jax.shard_map(
-        local,
-        in_specs=in_specs,
-        out_specs=out_specs,
-        axis_names=set(_ON_DEVICE),
-        check_vma=False,
-    )
-
-
-def gather(weight: jax.Array, partition: P) -> jax.Array:
-    """A device's part of a parameter made whole over fsdp; its gradient is `scattered`.
-
-    Args:
-      weight: in `on_each_device`, a part of an array; elsewhere it is returned as it is.
-      partition: of the whole array, as it is stored.
-    """
-    if FSDP not in tuple(partition) or "fsdp" not in _manual_axes():
-        return weight
-
-    @jax.custom_vjp
-    def whole(part):
-        return _moved(_gather_rows, part, partition)
-
-    whole.defvjp(lambda part: (whole(part), None), lambda _, dw: (scattered(dw, partition),))
-    return whole(weight)
-
-
-def scattered(whole: jax.Array, partition: P) -> jax.Array:
-    """The sum over fsdp, of which each device keeps its part. For `on_each_device`."""
-    return _moved(_scatter_rows, whole, partition)
-
-
-def _gather_rows(part: jax.Array) -> jax.Array:
-    for axis in reversed(FSDP):
-        part = jax.lax.all_gather(part, axis, axis=0, tiled=True)
-    return part
-
-
-def _scatter_rows(whole: jax.Array) -> jax.Array:
-    columns = whole.shape[1]
-    if columns > EVEN:
-        whole = jnp.pad(whole, ((0, 0), (0, -columns % EVEN)))
-    for axis in FSDP:
-        whole = jax.lax.psum_scatter(whole, axis, scatter_dimension=0, tiled=True)
-    return whole[:, :columns]
-
-
-def _moved(move: Callable, array: jax.Array, partition: P) -> jax.Array:
-    """`move` of the dimension that fsdp splits, as rows of a matrix that lie together.
-
-    Of anything else a TPU would make an all-reduce.
-    """
-    dimension = tuple(partition).index(FSDP)
-
-    def local(array):
-        array = jnp.moveaxis(array, dimension, 0)
-        rows = with_layout_constraint(array.reshape(array.shape[0], -1), Layout((0, 1)))
-        moved = move(rows)
-        return jnp.moveaxis(moved.reshape(-1, *array.shape[1:]), 0, dimension)
-
-    return _on_part(local, array)
-
-
-def _on_part(local: Callable, array: jax.Array) -> jax.Array:
-    """`local` on each device's part of an array, whose types know of `tensor` alone."""
-    if set(MESH_AXES) <= set(_manual_axes()):
-        return local(array)
-    partition = jax.typeof(array).sharding.spec
-    return jax.shard_map(local, in_specs=partition, out_specs=partition, check_vma=False)(array)
-
-
-def summed(gradient: jax.Array, partition: P) -> jax.Array:
-    """The sum over all devices that have the same part of a parameter, in `on_each_device`."""
-    split = set(sum((axes if isinstance(axes, tuple) else (axes,) for axes in partition), ()))
-    axes = tuple(axis for axis in _ON_DEVICE if axis not in split)
-    return _on_part(lambda part: jax.lax.psum(part, axes), gradient)
-
-
-def whole_rows(array: jax.Array) -> jax.Array:
-    """[B, T, ...] of all `context` devices side by side; as it is where rows are not split."""
-    if not _splits_time():
-        return array
-    return _on_part(lambda part: jax.lax.all_gather(part, "context", axis=1, tiled=True), array)
-
-
-def own_columns(array: jax.Array) -> jax.Array:
-    """This device's part of the columns of a whole row [B, T, ...]."""
-    if not _splits_time():
-        return array
-    size = array.shape[1] // jax.lax.axis_size("context")
-    first = jax.lax.axis_index("context") * size
-    return jax.lax.dynamic_slice_in_dim(array, first, size, axis=1)
-
-
-def _splits_time() -> bool:
-    return "context" in _manual_axes() and jax.lax.axis_size("context") > 1
-
-
-def _manual_axes() -> tuple[str, ...]:
+def manual_axes() -> tuple[str, ...]:
+    """Mesh axes that the surrounding `shard_map` has taken out of the arrays' types."""
     return jax.sharding.get_abstract_mesh().manual_axes
 
 
-def _without(partition: P, axes: Sequence[str]) -> P:
+def without_axes(partition: P, axes: Sequence[str]) -> P:
+    """The partition without these mesh axes."""
+
     def kept(entry):
         if not isinstance(entry, tuple):
             return None if entry in axes else entry

@@ -17,7 +17,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
 def settings(out: Path) -> dict[str, dict[str, str]]:
     """What a notebook finds in its environment: a tiny model and little to do."""
-    import made_benchmarks
+    from helpers import made_benchmarks
 
     data = out / "data"
     data.mkdir(parents=True, exist_ok=True)

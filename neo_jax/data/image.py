@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from neo_jax.batch import IMAGE_MEAN, IMAGE_STD
-from neo_jax.config import IMAGE_FACTOR, PATCH_SIZE
 from neo_jax.errors import InputError
+from neo_jax.model_config import IMAGE_FACTOR, PATCH_SIZE
 
 ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray
 

@@ -14,11 +14,11 @@ import grain
 import numpy as np
 from absl import flags
 
-from neo_jax.config import PATCH_CHANNELS
 from neo_jax.data.mixture import Mixture
 from neo_jax.data.supervised import Limits, TooLong, supervised_example
 from neo_jax.data.tokenizer import NeoTokenizer
 from neo_jax.errors import InputError
+from neo_jax.model_config import PATCH_CHANNELS
 
 MAX_SKIPPED = 64  # records of a row that could not be used
 BAD, TOO_LONG = 0, 1  # why

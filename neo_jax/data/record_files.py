@@ -6,7 +6,7 @@ from typing import Protocol
 from neo_jax.data.array_records import ArrayRecords
 from neo_jax.data.json_files import JsonArray, JsonLines
 from neo_jax.data.parquet_files import ParquetRecords
-from neo_jax.data.shape_records import ShapeRecords
+from neo_jax.data.synthetic_records import ShapeRecords
 from neo_jax.data.tfds_records import SCHEME, TfdsRecords
 from neo_jax.errors import InputError
 
@@ -39,7 +39,7 @@ def open_records(path: str) -> Records:
     """The records of a file, by the ending of its name, or of a folder of .parquet files.
 
     `tfds:NAME/CONFIG:SPLIT?data_dir=DIR` is a prepared data set of tensorflow-datasets,
-    `shapes:...` are drawn pictures (`shape_records.py`).
+    `shapes:...` are drawn pictures (`synthetic_records.py`).
 
     Raises:
       InputError: naming the file, and the place in it, that cannot be read.

@@ -16,13 +16,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image
 
-from neo_jax.config import IMAGE_FACTOR, PATCH_CHANNELS, PATCH_SIZE
 from neo_jax.data.chat import IMAGE_MARK, expand_images
 from neo_jax.data.example import make_example
 from neo_jax.data.image import open_rgb, patchify, smart_resize
 from neo_jax.data.tokenizer import TURN_END, TURN_START, NeoTokenizer
 from neo_jax.data.video import load_video, video_prompt
 from neo_jax.errors import InputError
+from neo_jax.model_config import IMAGE_FACTOR, PATCH_CHANNELS, PATCH_SIZE
 
 ROLES = {"system": "system", "human": "user", "gpt": "assistant"}  # turns of others are left out
 VIDEO_MARK = "<video>"
@@ -58,7 +58,7 @@ class Limits:
 class _Turn:
     role: str
     text: str
-    is_learnt: bool
+    has_loss: bool
 
 
 def supervised_example(
@@ -89,13 +89,13 @@ def supervised_example(
     if len(pictures) > 1:
         high = max(2 * high // len(pictures), limits.min_pixels)
     grid_hw = _grids(pictures, limits.min_pixels, high)
-    tokens, is_learnt = _tokenised(turns, grid_hw, tokenizer)
+    tokens, has_loss = _tokenised(turns, grid_hw, tokenizer)
     if not _fits(tokens, grid_hw, limits) and limits.too_long == "shrink" and pictures:
         text = len(tokens) - int(grid_hw.prod(axis=1).sum()) // 4
         room = min(limits.length - text, limits.num_patches // 4) // len(pictures)
         high = max(room, 1) * TOKEN_PIXELS
         grid_hw = _grids(pictures, min(limits.min_pixels, high), high)
-        tokens, is_learnt = _tokenised(turns, grid_hw, tokenizer)
+        tokens, has_loss = _tokenised(turns, grid_hw, tokenizer)
     if not _fits(tokens, grid_hw, limits):
         raise TooLong(
             f"has {len(tokens)} tokens and {grid_hw.prod(axis=1).sum()} patches; a row has "
@@ -106,7 +106,7 @@ def supervised_example(
         size = (int(columns) * PATCH_SIZE, int(rows) * PATCH_SIZE)
         patches.append(patchify(np.asarray(picture.resize(size)))[0])
     example = make_example(tokens, np.concatenate(patches), grid_hw, tokenizer)
-    return vars(example) | _targets(example.tokens, is_learnt, limits.weights)
+    return vars(example) | _targets(example.tokens, has_loss, limits.weights)
 
 
 def _turns(record: Mapping) -> list[_Turn]:
@@ -119,9 +119,9 @@ def _turns(record: Mapping) -> list[_Turn]:
             raise InputError('conversations: each turn is {"from": ..., "value": a text}')
         role = ROLES.get(turn.get("from"))
         if role:
-            is_learnt = role == "assistant" and not turn.get("is_input", False)
-            found.append(_Turn(role, turn["value"], is_learnt))
-    if not any(turn.is_learnt for turn in found):
+            has_loss = role == "assistant" and not turn.get("is_input", False)
+            found.append(_Turn(role, turn["value"], has_loss))
+    if not any(turn.has_loss for turn in found):
         raise InputError("has no turn of gpt, so nothing to learn")
     return found
 
@@ -179,24 +179,24 @@ def _tokenised(
     turns: Sequence[_Turn], grid_hw: np.ndarray, tokenizer: NeoTokenizer
 ) -> tuple[list[int], list[bool]]:
     """Ids of the conversation, and which of them are supervised."""
-    tokens, is_learnt, used = [], [], 0
+    tokens, has_loss, used = [], [], 0
     for turn in turns:
         count = turn.text.count(IMAGE_MARK)
         text = expand_images(turn.text, grid_hw[used : used + count]) + f"{TURN_END}\n"
         used += count
         opening = f"{TURN_START}{turn.role}\n"
-        pieces = [(opening, False), (text, True)] if turn.is_learnt else [(opening + text, False)]
+        pieces = [(opening, False), (text, True)] if turn.has_loss else [(opening + text, False)]
         for piece, learn in pieces:
             ids = tokenizer.encode(piece)
             tokens += ids
-            is_learnt += [learn] * len(ids)
-    return tokens, is_learnt
+            has_loss += [learn] * len(ids)
+    return tokens, has_loss
 
 
-def _targets(tokens: np.ndarray, is_learnt: Sequence[bool], weights: str) -> dict[str, np.ndarray]:
+def _targets(tokens: np.ndarray, has_loss: Sequence[bool], weights: str) -> dict[str, np.ndarray]:
     """Shifted once: a token's target is the next one. The last predicts nothing."""
-    learnt = np.append(np.array(is_learnt[1:], bool), False)
-    each = np.float32(WEIGHTS[weights](sum(is_learnt)))
+    learnt = np.append(np.array(has_loss[1:], bool), False)
+    each = np.float32(WEIGHTS[weights](sum(has_loss)))
     return {
         "targets": np.append(tokens[1:], 0).astype(np.int32),
         "weights": np.where(learnt, each, np.float32(0)),

@@ -8,12 +8,12 @@ from typing import Any
 
 from neo_jax.data.chat import IMAGE_MARK
 from neo_jax.errors import InputError
-from neo_jax.eval import hub, media
 from neo_jax.eval.messages import Frames, Layout, Message, general, read_subtitles, spatial
-from neo_jax.eval.rows import Row, need
+from neo_jax.eval.scoring.summary import Metric, ScoredRow, Verdict
 from neo_jax.eval.settings import Settings
-from neo_jax.eval.summary import Judged, Metric, Verdict
-from neo_jax.eval.tables import Table, is_picture_column
+from neo_jax.eval.tables import hub, media
+from neo_jax.eval.tables.benchmark_files import Table, is_picture_column
+from neo_jax.eval.tables.rows import Row, need
 from neo_jax.infer.request import Request
 
 
@@ -25,8 +25,8 @@ class Benchmark:
     title: str
     group: str  # "image", "video" or "spatial": which settings and layout it starts from
     files: tuple[str, ...]  # names, without endings, that its file or folder may have
-    judge: Callable[[Row, str], Verdict]
-    summarise: Callable[[Sequence[Judged]], list[Metric]]  # the first is the headline
+    score_row: Callable[[Row, str], Verdict]
+    summarise: Callable[[Sequence[ScoredRow]], list[Metric]]  # the first is the headline
     ask: Callable[[Row, int], Message] | None = None  # row and how many pictures it has
     ask_video: Callable[[Row], str] | None = None  # the text behind the frames
     frames: Frames = dataclasses.field(default_factory=Frames)

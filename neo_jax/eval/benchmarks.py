@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from neo_jax.errors import InputError
-from neo_jax.eval import choice, free_text, hub, prompts, spatial, videos, yes_no
+from neo_jax.eval import prompts
 from neo_jax.eval.benchmark import Benchmark
 from neo_jax.eval.messages import Frames, named
-from neo_jax.eval.rows import Row
-from neo_jax.eval.summary import overall
-from neo_jax.eval.tables import KINDS
+from neo_jax.eval.scoring import choice, free_text, spatial, videos, yes_no
+from neo_jax.eval.scoring.summary import overall
+from neo_jax.eval.tables import hub
+from neo_jax.eval.tables.benchmark_files import KINDS
+from neo_jax.eval.tables.rows import Row
 
 _KIT = "https://opencompass.openxlab.space/utils"
 _EASI = "https://huggingface.co/datasets/lmms-lab-si/EASI-Leaderboard-Data/resolve/main"
@@ -21,19 +23,24 @@ _HUB = "https://huggingface.co/datasets"
 
 
 def _by(*columns: str):
-    return lambda judged: overall(judged, *columns)
+    return lambda scored_rows: overall(scored_rows, *columns)
 
 
 def _choice(name, title, file, published=None, *, source="", **more) -> Benchmark:
     """Multiple choice about pictures, as VLMEvalKit has it."""
-    more = {"judge": choice.judge, "summarise": choice.summarise, "ask": prompts.choice, **more}
+    more = {
+        "score_row": choice.score_row,
+        "summarise": choice.summarise,
+        "ask": prompts.choice,
+        **more,
+    }
     source = source or f"{_KIT}/VLMEval/{file}.tsv"
     return Benchmark(name, title, "image", (file,), published=published, source=source, **more)
 
 
 def _spatial(name, title, file, column, published=None, **more) -> Benchmark:
     """Letters in free-form answers about space."""
-    more = {"judge": spatial.judge_letter, "summarise": _by(column), **more}
+    more = {"score_row": spatial.score_letter, "summarise": _by(column), **more}
     more = {"ask": prompts.choice, "source": f"{_EASI}/{file}.tsv", **more}
     return Benchmark(name, title, "spatial", (file,), published=published, **more)
 
@@ -63,13 +70,13 @@ _MMMU_PIXELS = {"min_pixels": 1_003_520, "max_pixels": 4_014_080, "upscale": Tru
 TABLE = (
     _choice(
         "mmmu", "MMMU", "MMMU_DEV_VAL", (54.7, 68.1),
-        ask=prompts.mmmu, judge=choice.judge_mmmu, adapt=hub.mmmu, settings=_MMMU_PIXELS,
+        ask=prompts.mmmu, score_row=choice.score_mmmu, adapt=hub.mmmu, settings=_MMMU_PIXELS,
         summarise=functools.partial(choice.summarise, main_split="validation"),
         note="The published score is the validation split's.",
     ),
     _choice(
         "mmbench", "MMBench-EN", "MMBench_DEV_EN", (80.0, 85.1),
-        judge=choice.judge_circular, summarise=choice.summarise_circular,
+        score_row=choice.score_circular, summarise=choice.summarise_circular,
         source=f"{_KIT}/benchmarks/MMBench/MMBench_DEV_EN.tsv",
         note="Circular: a question is right if it is right in every order of its options.",
     ),
@@ -86,33 +93,34 @@ TABLE = (
     ),
     _choice(
         "docvqa", "DocVQA", "DocVQA_VAL", (91.2, 91.9),
-        ask=prompts.briefly, judge=free_text.judge_anls, summarise=free_text.summarise,
+        ask=prompts.briefly, score_row=free_text.score_anls, summarise=free_text.summarise,
     ),
     _choice(
         "chartqa", "ChartQA", "ChartQA_TEST", (83.1, 86.2), adapt=hub.chartqa,
-        ask=prompts.briefly, judge=free_text.judge_relaxed, summarise=free_text.summarise,
+        ask=prompts.briefly, score_row=free_text.score_relaxed, summarise=free_text.summarise,
     ),
     _choice(
         "textvqa", "TextVQA", "TextVQA_VAL", (77.3, 78.5), settings={"min_pixels": 2_097_152},
-        ask=prompts.briefly, judge=free_text.judge_vqa, summarise=free_text.summarise,
+        ask=prompts.briefly, score_row=free_text.score_vqa, summarise=free_text.summarise,
     ),
     _choice(
         "ocrbench", "OCRBench", "OCRBench", (81.2, 81.6), settings={"min_pixels": 262_144},
-        ask=prompts.briefly, judge=free_text.judge_ocrbench, adapt=hub.ocrbench,
+        ask=prompts.briefly, score_row=free_text.score_ocrbench, adapt=hub.ocrbench,
         summarise=free_text.summarise_ocrbench,
         note="Points of all 1000 rows: with fewer rows there are fewer points to get.",
     ),
     _choice(
         "pope", "POPE", "POPE", (86.2, 89.0), adapt=hub.yes_no,
-        ask=prompts.plain, judge=yes_no.judge, summarise=yes_no.summarise_pope,
+        ask=prompts.plain, score_row=yes_no.score_row, summarise=yes_no.summarise_pope,
     ),
     _choice(
         "hallusion", "HallusionBench", "HallusionBench", (54.5, 59.8), adapt=hub.yes_no,
-        ask=prompts.yes_or_no, judge=yes_no.judge_hallusion, summarise=yes_no.summarise_hallusion,
+        ask=prompts.yes_or_no, score_row=yes_no.score_hallusion,
+        summarise=yes_no.summarise_hallusion,
     ),
     _choice(
         "mme", "MME", "MME", adapt=hub.yes_no,
-        ask=prompts.one_word, judge=yes_no.judge_mme, summarise=yes_no.summarise_mme,
+        ask=prompts.one_word, score_row=yes_no.score_mme, summarise=yes_no.summarise_mme,
         note="Points, at most 2800, not percent.",
     ),
     _spatial("mindcube", "MindCube-tiny", "MindCubeBench_tiny_raw_qa", "category", (77.2, 90.0)),
@@ -136,22 +144,22 @@ TABLE = (
         ask=None, ask_video=prompts.vsi, videos=_vsi_video,
         frames=Frames(header=False, labels="numbers"), adapt=hub.video,
         settings={"num_frames": 32, "spacing": "ends"},
-        judge=spatial.judge_vsi, summarise=spatial.summarise_vsi,
+        score_row=spatial.score_vsi, summarise=spatial.summarise_vsi,
     ),
     _spatial(
         "3dsr", "3DSRBench", "3DSRBench", "category", (52.9, 61.7),
-        judge=choice.judge_3dsr, summarise=choice.summarise_3dsr,
+        score_row=choice.score_3dsr, summarise=choice.summarise_3dsr,
         source=f"{_KIT}/VLMEval/3DSRBench.tsv",
         note="The paper does not say which of the four settings its score is.",
     ),
     _spatial("embspatial", "EmbSpatial", "EmbSpatialBench", "data_source", (63.8, 78.8)),
     _spatial(
         "spar", "SPAR", "SparBench", "task",
-        ask=prompts.briefly, judge=spatial.judge_spar, summarise=spatial.summarise_spar,
+        ask=prompts.briefly, score_row=spatial.score_spar, summarise=spatial.summarise_spar,
     ),
     _spatial(
         "blink", "BLINK", "BLINK", "category", (53.9, 62.8),
-        judge=choice.judge, summarise=choice.summarise, source=f"{_KIT}/VLMEval/BLINK.tsv",
+        score_row=choice.score_row, summarise=choice.summarise, source=f"{_KIT}/VLMEval/BLINK.tsv",
     ),
     _spatial(
         "muirbench", "MUIRBench", "MUIRBench_EASI", "task", (56.8, 58.2),
@@ -161,42 +169,42 @@ TABLE = (
     Benchmark(
         "omnispatial", "OmniSpatial", "spatial",
         ("OmniSpatialBench", "OmniSpatialBench_manual_cot"),
-        judge=spatial.judge_letter, summarise=_by("task_type", "sub_task_type"),
+        score_row=spatial.score_letter, summarise=_by("task_type", "sub_task_type"),
         ask=prompts.omnispatial, source=f"{_EASI}/OmniSpatialBench.tsv",
         note="Asked directly; the official run put the benchmark's long instructions in front.",
     ),
     _video(
         "video_mme", "Video-MME", ("Video-MME", "VideoMME"), prompts.video_mme, _plain_video,
-        (60.4, 67.4), judge=videos.judge_letter, source=f"{_HUB}/lmms-lab/Video-MME",
+        (60.4, 67.4), score_row=videos.score_letter, source=f"{_HUB}/lmms-lab/Video-MME",
         summarise=_by("duration", "domain", "sub_category", "task_type"),
     ),
     _video(
         "mvbench", "MVBench", ("MVBench",), prompts.best_option, _plain_video, (65.7, 70.7),
         frames=Frames(before=prompts.WATCH_EVENTS, header=False, labels="none"),
         settings={"num_frames": 64, "spacing": "centres"},
-        judge=videos.judge_mvbench, summarise=_by("task_type"),
+        score_row=videos.score_mvbench, summarise=_by("task_type"),
         source=f"{_HUB}/OpenGVLab/MVBench",
     ),
     _video(
         "mlvu", "MLVU", ("MLVU_MCQ", "MLVU"), prompts.best_option, _plain_video, (64.8, 69.3),
         frames=Frames(before=prompts.WATCH), settings={"num_frames": 128},
-        judge=videos.judge_mlvu, summarise=_by("task_type"), source=f"{_HUB}/MLVU/MVLU",
+        score_row=videos.score_mlvu, summarise=_by("task_type"), source=f"{_HUB}/MLVU/MVLU",
     ),
     _video(
         "lvbench", "LVBench", ("LVBench",), prompts.lvbench, _plain_video, (43.3, 46.4),
-        judge=videos.judge_letter, summarise=_by("type"), source=f"{_HUB}/lmms-lab/LVBench",
+        score_row=videos.score_letter, summarise=_by("type"), source=f"{_HUB}/lmms-lab/LVBench",
     ),
     _video(
         "longvideobench", "LongVideoBench", ("LongVideoBench",), prompts.long_video, _plain_video,
         (56.8, 63.5), settings={"num_frames": 256}, has_subtitles=True,
-        judge=videos.judge_long_video,
+        score_row=videos.score_long_video,
         summarise=_by("duration_group", "question_category"),
         source=f"{_HUB}/longvideobench/LongVideoBench",
     ),
     _video(
         "videommmu", "VideoMMMU", ("VideoMMMU",), prompts.video_mmmu, _video_mmmu,
         settings={"num_frames": 128}, adapt=hub.standard,
-        judge=videos.judge_video_mmmu, summarise=_by("category"),
+        score_row=videos.score_video_mmmu, summarise=_by("category"),
         source=f"{_HUB}/lmms-lab/VideoMMMU",
     ),
 )  # fmt: skip

@@ -13,7 +13,7 @@ from pathlib import Path
 from neo_jax.data.chat import IMAGE_MARK
 from neo_jax.data.video import Video, frame_marks, video_header
 from neo_jax.errors import InputError
-from neo_jax.eval.rows import Row
+from neo_jax.eval.tables.rows import Row
 
 Message = Sequence[str | None]  # texts, and None where the next picture is
 Layout = Callable[[Message], str]

@@ -80,24 +80,24 @@ def _articles(one: Scored, folder: Path) -> Iterator[str]:
     for path in sorted(folder.glob("*-*.jpg")):
         kept.setdefault(int(path.stem.split("-")[0]), []).append(path)
     texts = {int(answer["id"].split()[1]): answer for answer in one.answers}
-    for number, judged in zip(one.numbers, one.judged, strict=True):
-        if number not in kept and len(one.judged) > SAMPLES:
+    for number, scored_rows in zip(one.numbers, one.scored_rows, strict=True):
+        if number not in kept and len(one.scored_rows) > SAMPLES:
             continue
-        score = judged.verdict.score
+        score = scored_rows.verdict.score
         verdict = "right" if score == 1 else "wrong" if score == 0 else "part"
         answer = texts[number]
         yield f"<article class={verdict}>"
         yield "".join(map(_picture, kept.get(number, ())))
         fields = {
-            "row": f"{number} (index {judged.row.get('index', 'none')})",
-            "question": _question(judged.row),
-            "answer": judged.row.get("answer", "none in the file"),
+            "row": f"{number} (index {scored_rows.row.get('index', 'none')})",
+            "question": _question(scored_rows.row),
+            "answer": scored_rows.row.get("answer", "none in the file"),
             "prediction": answer.get("error") or answer["text"],
-            "understood": judged.verdict.said,
+            "understood": scored_rows.verdict.said,
             "verdict": f"{verdict}, {score:.3g}",
         }
-        if judged.verdict.fault:
-            fields["fault"] = judged.verdict.fault
+        if scored_rows.verdict.fault:
+            fields["fault"] = scored_rows.verdict.fault
         yield "<dl>"
         for name, value in fields.items():
             yield f"<dt>{name}</dt><dd><pre>{html.escape(str(value))}</pre></dd>"

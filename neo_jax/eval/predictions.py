@@ -1,7 +1,7 @@
 """The answers to a benchmark's rows: asked once, kept line by line, merged from all hosts.
 
 A folder has `settings.json`, `predictions.jsonl` with a line for each row that is answered, as
-`infer/batch.py` writes it, and while several hosts run `predictions.1.jsonl` and so on. A line's
+`infer/offline.py` writes it, and while several hosts run `predictions.1.jsonl` and so on. A line's
 `meta` is its row without pictures, so that nothing else is needed for a score.
 """
 
@@ -17,13 +17,13 @@ from typing import Any
 
 from neo_jax.errors import InputError
 from neo_jax.eval.benchmark import Benchmark
-from neo_jax.eval.hosts import Hosts
-from neo_jax.eval.rows import Row
+from neo_jax.eval.multihost import Hosts
 from neo_jax.eval.settings import Settings, differences
-from neo_jax.eval.tables import Table, is_picture_column
-from neo_jax.infer.batch import Counts, Serve, answer_records
-from neo_jax.infer.records import Record
+from neo_jax.eval.tables.benchmark_files import Table, is_picture_column
+from neo_jax.eval.tables.rows import Row
+from neo_jax.infer.offline import Counts, Serve, answer_records
 from neo_jax.infer.request import Request, Result
+from neo_jax.infer.request_json import Record
 
 PREDICTIONS, SETTINGS, TIMES = "predictions.jsonl", "settings.json", "times.jsonl"
 LEFT_OUT = "no picture, as others have: not asked and not scored, as officially"
@@ -107,7 +107,7 @@ def predict(
             times.append((count, time.monotonic() - start))
 
     times: list[tuple[int, float]] = []
-    is_needed = any(hosts.gather(b"1" if missing else b""))
+    is_needed = any(hosts.all_gather_bytes(b"1" if missing else b""))
     if missing:
         options = {"retry_errors": retry_errors, "on_progress": on_progress}
         answer_records(read, work.table.path, own, timed, **options)
@@ -128,7 +128,7 @@ def _check_settings(work: Work, folder: Path, hosts: Hosts) -> None:
     }
     is_begun = path.exists() and any(True for _ in _all_lines(folder))
     differing = differences(json.loads(path.read_text()), now) if is_begun else []
-    for said in hosts.gather("; ".join(differing).encode()):
+    for said in hosts.all_gather_bytes("; ".join(differing).encode()):
         if said:
             raise InputError(
                 f"{folder}: its answers were made otherwise ({said.decode()}): choose another "
@@ -145,7 +145,7 @@ def _share(
     """Numbers of the rows that no host has answered and that are ours to ask."""
     lines = (answer for answer, _ in _all_lines(folder))
     here = sorted({a["id"] for a in lines if not (retry_errors and "error" in a)})
-    parts = hosts.gather(json.dumps(here).encode())
+    parts = hosts.all_gather_bytes(json.dumps(here).encode())
     done = {name for part in parts for name in json.loads(part)}
     wanted = range(min(len(work.table), limit or len(work.table)))
     missing = [number for number in wanted if f"row {number + 1}" not in done]
@@ -181,7 +181,7 @@ def _answered(path: Path, without_errors: bool = False) -> set[str]:
 def _merge(folder: Path, hosts: Hosts) -> None:
     """Puts the answers of all hosts into the first one's file, in the order of the rows."""
     others = [path for path in folder.glob("predictions.*.jsonl") if path.name != PREDICTIONS]
-    parts = hosts.gather(b"".join(raw for path in others for _, raw in _lines(path)))
+    parts = hosts.all_gather_bytes(b"".join(raw for path in others for _, raw in _lines(path)))
     if hosts.index == 0 and any(parts):
         found: dict[str, tuple[dict, bytes]] = {}
         lines = [(json.loads(raw), raw + b"\n") for part in parts for raw in part.splitlines()]
@@ -190,7 +190,7 @@ def _merge(folder: Path, hosts: Hosts) -> None:
                 found[answer["id"]] = answer, raw
         ordered = sorted(found.values(), key=lambda one: int(one[0]["id"].split()[1]))
         write_whole(folder / PREDICTIONS, b"".join(raw for _, raw in ordered))
-    hosts.gather(b"")  # what was gathered is safe
+    hosts.all_gather_bytes(b"")  # what was gathered is safe
     for path in others:
         path.unlink(missing_ok=True)
 

@@ -4,7 +4,7 @@ import re
 
 from neo_jax.data.chat import IMAGE_MARK
 from neo_jax.eval.messages import Message, marks_to_parts
-from neo_jax.eval.rows import Row, columns_of_options, listed, options, text
+from neo_jax.eval.tables.rows import Row, columns_of_options, listed, options, text
 
 BRIEFLY = "Answer the question using a single word or phrase."
 _LETTER = "Answer with the option's letter from the given choices directly."

@@ -36,7 +36,7 @@ def describe(one: Scored) -> dict[str, Any]:
         "title": one.benchmark.title,
         "note": one.benchmark.note,
         "rows": one.about["data"]["rows"],
-        "scored": len(one.judged),
+        "scored": len(one.scored_rows),
         "metrics": [dataclasses.asdict(m) for m in one.metrics if math.isfinite(m.value)],
         "published": dict(zip(_SIZES, one.benchmark.published or (), strict=False)),
         "official_faults": one.faults,

@@ -9,12 +9,12 @@ from neo_jax.errors import InputError
 from neo_jax.eval import page, report
 from neo_jax.eval.benchmark import Benchmark
 from neo_jax.eval.benchmarks import choose, find_file
-from neo_jax.eval.hosts import Hosts
+from neo_jax.eval.multihost import Hosts
 from neo_jax.eval.predictions import SETTINGS, Work, predict
 from neo_jax.eval.score import Scored, score
 from neo_jax.eval.settings import Settings, make_settings
-from neo_jax.eval.tables import open_table
-from neo_jax.infer.batch import Counts, Serve
+from neo_jax.eval.tables.benchmark_files import open_table
+from neo_jax.infer.offline import Counts, Serve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +104,6 @@ def show(scored: Sequence[Scored]) -> Iterator[str]:
     for one in scored:
         headline = one.metrics[0] if one.metrics else None
         said = f"{headline.value:.2f} ({headline.name})" if headline else "nothing answered"
-        yield f"{one.benchmark.title:16} {said}, {len(one.judged)} rows" + (
+        yield f"{one.benchmark.title:16} {said}, {len(one.scored_rows)} rows" + (
             f", {len(one.problems)} with problems" if one.problems else ""
         )

@@ -10,8 +10,8 @@ from neo_jax.errors import InputError
 from neo_jax.eval.benchmark import Benchmark
 from neo_jax.eval.benchmarks import BENCHMARKS
 from neo_jax.eval.predictions import LEFT_OUT, SETTINGS, TIMES, read_answers
-from neo_jax.eval.rows import answer_of, listed
-from neo_jax.eval.summary import Judged, Metric, Verdict
+from neo_jax.eval.scoring.summary import Metric, ScoredRow, Verdict
+from neo_jax.eval.tables.rows import answer_of, listed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,17 +20,19 @@ class Scored:
 
     benchmark: Benchmark
     about: dict[str, Any]  # settings.json
-    judged: list[Judged]
-    numbers: list[int]  # of the judged rows in the file, from 1
+    scored_rows: list[ScoredRow]
+    numbers: list[int]  # of the scored_rows rows in the file, from 1
     metrics: list[Metric]
-    problems: list[dict[str, Any]]  # rows that could not be asked, read or judged
+    problems: list[dict[str, Any]]  # rows that could not be asked, read or scored_rows
     answers: list[dict[str, Any]]  # lines of predictions.jsonl
     times: list[dict[str, Any]]
 
     @property
     def faults(self) -> dict[str, int]:
         """Faults of the official scoring that decide rows, and how many."""
-        return dict(collections.Counter(j.verdict.fault for j in self.judged if j.verdict.fault))
+        return dict(
+            collections.Counter(j.verdict.fault for j in self.scored_rows if j.verdict.fault)
+        )
 
     @property
     def without_faults(self) -> float | None:
@@ -41,8 +43,8 @@ class Scored:
         def mended(verdict: Verdict) -> Verdict:
             return verdict._replace(score=1 - verdict.score) if verdict.fault else verdict
 
-        judged = [one._replace(verdict=mended(one.verdict)) for one in self.judged]
-        return self.benchmark.summarise(judged)[0].value
+        scored_rows = [one._replace(verdict=mended(one.verdict)) for one in self.scored_rows]
+        return self.benchmark.summarise(scored_rows)[0].value
 
 
 def score(folder: Path) -> Scored:
@@ -56,7 +58,7 @@ def score(folder: Path) -> Scored:
         benchmark = BENCHMARKS[about["benchmark"]]
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{folder}: no predictions there that can be scored: {error}") from error
-    answers, judged, numbers, problems = read_answers(folder), [], [], []
+    answers, scored_rows, numbers, problems = read_answers(folder), [], [], []
     for answer in answers:
         row, number = answer.get("meta", {}), int(answer["id"].split()[1])
         problem = {"row": number, "index": row.get("index"), "problem": answer.get("error")}
@@ -68,7 +70,7 @@ def score(folder: Path) -> Scored:
             continue
         said = answer_of(row, None if "error" in answer else answer["text"])
         try:
-            verdict = benchmark.judge(row, said)
+            verdict = benchmark.score_row(row, said)
         except InputError as error:
             problems.append(problem | {"problem": f"left out, cannot be scored: {error}"})
             continue
@@ -77,9 +79,9 @@ def score(folder: Path) -> Scored:
             problem["problem"] = "no right answer in the file"
         if problem["problem"]:
             problems.append(problem)
-        judged.append(Judged(row, said, verdict))
+        scored_rows.append(ScoredRow(row, said, verdict))
         numbers.append(number)
-    metrics = benchmark.summarise(judged) if judged else []
+    metrics = benchmark.summarise(scored_rows) if scored_rows else []
     times = folder / TIMES
     logged = [json.loads(line) for line in times.read_text().splitlines()] if times.exists() else []
-    return Scored(benchmark, about, judged, numbers, metrics, problems, answers, logged)
+    return Scored(benchmark, about, scored_rows, numbers, metrics, problems, answers, logged)

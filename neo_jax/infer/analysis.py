@@ -8,12 +8,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from neo_jax.batch import to_device
-from neo_jax.config import PATCH_CHANNELS, ModelConfig
 from neo_jax.data.example import Example, collate, make_example
 from neo_jax.data.tokenizer import NeoTokenizer
 from neo_jax.errors import InputError
-from neo_jax.infer.shapes import bucket
+from neo_jax.infer.buckets import padded_length
 from neo_jax.model.neo import bind
+from neo_jax.model_config import PATCH_CHANNELS, ModelConfig
 
 
 def document(
@@ -46,7 +46,7 @@ def document(
 
 def padded(example: Example, mesh: Mesh) -> dict:
     """An example alone in a batch of its bucket's shape, on the mesh."""
-    length = bucket(len(example.tokens))
+    length = padded_length(len(example.tokens))
     return to_device(collate([example], length, 4 * length * bool(len(example.patches))), mesh)
 
 

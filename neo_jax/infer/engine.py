@@ -17,18 +17,18 @@ import numpy as np
 from jax.sharding import Mesh
 
 from neo_jax.batch import to_device
-from neo_jax.config import PATCH_CHANNELS, ModelConfig
 from neo_jax.data.example import Example, collate
 from neo_jax.data.tokenizer import NeoTokenizer
 from neo_jax.errors import InputError
-from neo_jax.infer import programs, sampling, shapes
+from neo_jax.infer import buckets, programs, sampling
 from neo_jax.infer.memory import fitting_length
 from neo_jax.infer.prepare import Prepared, Preparer
 from neo_jax.infer.request import Request, Result
-from neo_jax.infer.slots import Running, Slot, choose
-from neo_jax.infer.waiting import Queue
-from neo_jax.model.cache import KV_DTYPES, STACKS
-from neo_jax.model.decoder import apart
+from neo_jax.infer.slots import Sequence, Slot, choose
+from neo_jax.infer.waiting_queue import WaitingQueue
+from neo_jax.model.kv_cache import KV_DTYPES, STACKS
+from neo_jax.model.layer_stack import place_for_inference
+from neo_jax.model_config import PATCH_CHANNELS, ModelConfig
 from neo_jax.sharding import batch_rows, put
 
 Event = tuple[int, sampling.Answer | None, Result | None]
@@ -84,23 +84,21 @@ class Engine:
             for device in range(self._devices)
             for number in range(self._slots_per_device)
         ]
-        is_apart = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
-        if is_apart:
-            stacks = {name: apart(params[name]) for name in STACKS if name in params}
-            self.params = {**params, **stacks}
+        stacks = {name: params[name] for name in STACKS if name in params}
+        self.params = {**params, **place_for_inference(stacks, mesh)}
         with jax.set_mesh(mesh):
-            length = max(self.max_length, shapes.ROW)
-            self._state = programs.new_state(config, self.slots, length, kv_dtype, is_apart)
+            length = max(self.max_length, buckets.ROW)
+            self._state = programs.new_state(config, self.params, self.slots, length, kv_dtype)
 
-    def plan(self) -> list[shapes.Chunk]:
+    def plan(self) -> list[buckets.PrefillBucket]:
         """The shapes of prefill that may be compiled, besides one decode and one copy."""
         image_tokens = self.config.max_pixels // 1024
-        return shapes.plan(self.max_length, image_tokens, budget=self._budget)
+        return buckets.plan(self.max_length, image_tokens, budget=self._budget)
 
     def warm(self) -> int:
         """Compiles every planned program; returns how many."""
         for chunk in self.plan():
-            self._extend(chunk, [])
+            self._prefill(chunk, [])
         self._decode([])
         if self.slots > self._devices:
             self._copy(self._slots[0], self._slots[0])
@@ -132,45 +130,48 @@ class Engine:
                 "the engine is still answering other requests: finish or close their iterator first"
             )
         with ThreadPoolExecutor(self._workers) as threads:
-            queue = Queue(requests, prepare or self._prepare, threads, 2 * self.slots)
+            queue = WaitingQueue(requests, prepare or self._prepare, threads, 2 * self.slots)
             self._is_busy = True
             try:
                 yield from self._loop(queue)
             finally:
                 queue.cancel()
                 for slot in self._slots:  # an abandoned run's slots are free again
-                    slot.running = None
+                    slot.sequence = None
                 self._is_busy = False
 
-    def _loop(self, queue: Queue) -> Iterator[Event]:
-        ordered: collections.deque = collections.deque()  # (tokens on the device, whose they are)
+    def _loop(self, queue: WaitingQueue) -> Iterator[Event]:
+        in_flight: collections.deque = collections.deque()  # (sampled tokens, their owners)
         while True:
-            yield from self._admit(queue, wait=not ordered and not self._running())
-            filling = [running for running in self._running() if not running.is_filled]
-            sent = len(ordered)
-            if filling:
-                ordered.append(self._next_extend(filling))
-            if active := [running for running in self._running() if self._wants_token(running)]:
-                ordered.append(self._decode(active))
-            if not ordered and queue.is_empty and not self._running():
+            yield from self._admit(queue, wait=not in_flight and not self._running())
+            prefilling = [sequence for sequence in self._running() if not sequence.is_prefilled]
+            sent = len(in_flight)
+            if prefilling:
+                in_flight.append(self._next_prefill(prefilling))
+            if active := [sequence for sequence in self._running() if self._can_decode(sequence)]:
+                in_flight.append(self._decode(active))
+            if not in_flight and queue.is_empty and not self._running():
                 return
-            keep = len(ordered) - sent
-            while len(ordered) > keep:
-                yield from self._collect(*ordered.popleft())
+            keep = len(in_flight) - sent
+            while len(in_flight) > keep:
+                yield from self._collect(*in_flight.popleft())
 
-    def _running(self) -> list[Running]:
-        running = [slot.running for slot in self._slots if slot.running]
-        return sorted(running, key=lambda running: running.index)
+    def _running(self) -> list[Sequence]:
+        sequence = [slot.sequence for slot in self._slots if slot.sequence]
+        return sorted(sequence, key=lambda sequence: sequence.index)
 
-    def _wants_token(self, running: Running) -> bool:
-        return running.is_filled and running.ordered < running.answer.sampling.max_new_tokens
+    def _can_decode(self, sequence: Sequence) -> bool:
+        return (
+            sequence.is_prefilled
+            and sequence.num_scheduled_tokens < sequence.answer.sampling.max_new_tokens
+        )
 
-    def _admit(self, queue: Queue, wait: bool) -> Iterator[Event]:
+    def _admit(self, queue: WaitingQueue, wait: bool) -> Iterator[Event]:
         """Gives free slots to prepared requests; those that cannot be answered end here."""
-        for index, request, future in queue.ready(wait):
+        for index, request, future in queue.prepared(wait):
             try:
                 prepared = future.result()
-                self._check_length(len(prepared.identity), request.sampling.max_new_tokens)
+                self._check_length(len(prepared.prefix_ids), request.sampling.max_new_tokens)
             except Exception as error:  # one bad request must not end the others
                 queue.remove(index)
                 said = str(error) if isinstance(error, InputError) else repr(error)
@@ -178,7 +179,7 @@ class Engine:
                 continue
             chosen = choose(prepared, self._slots, self._reuse)
             if chosen is None:
-                if all(slot.running for slot in self._slots):
+                if all(slot.sequence for slot in self._slots):
                     return
                 continue
             queue.remove(index)
@@ -187,8 +188,8 @@ class Engine:
                 self._copy(source, slot)
             stop_ids = [self.tokenizer.turn_end_id]
             answer = sampling.Answer(request.sampling, self.tokenizer.decode, stop_ids)
-            slot.running = Running(index, prepared, answer, slot, prefix, prefix)
-            slot.identity, slot.used = prepared.identity[:prefix], next(self._clock)
+            slot.sequence = Sequence(index, prepared, answer, slot, prefix, prefix)
+            slot.prefix_ids, slot.used = prepared.prefix_ids[:prefix], next(self._clock)
 
     def _check_length(self, prompt: int, new: int) -> None:
         if prompt + new > self.max_length:
@@ -199,63 +200,63 @@ class Engine:
                 * (self.max_length < self.config.max_position_embeddings)
             )
 
-    def _next_extend(self, filling: list[Running]) -> tuple[jax.Array, list]:
+    def _next_prefill(self, prefilling: list[Sequence]) -> tuple[jax.Array, list]:
         """Extends the oldest request that is being filled, and those that fit beside it."""
-        is_fresh, parts, used = filling[0].filled == 0, [], collections.Counter()
-        for running in filling:
-            start, stop = running.next_chunk(self._budget)
-            size, device = shapes.rows_for(stop - start), running.slot.device
-            fits = used[device] + size <= shapes.rows_for(self._budget)
-            if running is filling[0] or ((start == 0) == is_fresh and fits):
-                parts.append((running, used[device]))
+        is_fresh, parts, used = prefilling[0].num_computed_tokens == 0, [], collections.Counter()
+        for sequence in prefilling:
+            start, stop = sequence.next_chunk(self._budget)
+            size, device = buckets.rows_for(stop - start), sequence.slot.device
+            fits = used[device] + size <= buckets.rows_for(self._budget)
+            if sequence is prefilling[0] or ((start == 0) == is_fresh and fits):
+                parts.append((sequence, used[device]))
                 used[device] += size
-        return self._extend(shapes.chunk_for(max(used.values()), is_fresh), parts)
+        return self._prefill(buckets.bucket_for(max(used.values()), is_fresh), parts)
 
-    def _extend(self, chunk: shapes.Chunk, parts: list[tuple[Running, int]]):
+    def _prefill(self, chunk: buckets.PrefillBucket, parts: list[tuple[Sequence, int]]):
         """Orders the next chunk of each request, from the given row of its device on."""
         count = chunk.rows * self._devices
         examples = [_EMPTY] * count
         slot_r, start_r = np.zeros(count, np.int32), np.zeros(count, np.int32)
-        end_rt = np.zeros((count, shapes.ROW), np.int32)
+        end_rt = np.zeros((count, buckets.ROW), np.int32)
         is_last_r, seen_rv = np.zeros(count, bool), np.zeros((count, self.config.vocab_size), bool)
         settings, owners = [sampling.Sampling()] * count, []
-        for running, first in parts:
-            start, stop = running.next_chunk(self._budget)
-            row = running.slot.device * chunk.rows + first
-            for row, begin in enumerate(range(start, stop, shapes.ROW), row):  # noqa: B020
-                end = min(begin + shapes.ROW, stop)
-                examples[row] = running.part(begin, end)
-                slot_r[row], start_r[row] = running.slot.number, begin
-                end_rt[row, : end - begin] = running.ends[begin:end]
-            if stop == running.length:
-                is_last_r[row], settings[row] = True, running.answer.sampling
-                prompt = running.prepared.example.tokens
+        for sequence, first in parts:
+            start, stop = sequence.next_chunk(self._budget)
+            row = sequence.slot.device * chunk.rows + first
+            for row, begin in enumerate(range(start, stop, buckets.ROW), row):  # noqa: B020
+                end = min(begin + buckets.ROW, stop)
+                examples[row] = sequence.part(begin, end)
+                slot_r[row], start_r[row] = sequence.slot.number, begin
+                end_rt[row, : end - begin] = sequence.ends[begin:end]
+            if stop == sequence.length:
+                is_last_r[row], settings[row] = True, sequence.answer.sampling
+                prompt = sequence.prepared.example.tokens
                 seen_rv[row] = sampling.first_seen(settings[row], prompt, self.config.vocab_size)
-                running.ordered += 1
-                owners.append((row, running))
-            running.filled = stop
-            running.slot.identity = running.prepared.identity[:stop]
-        batch = collate(examples, shapes.ROW, 4 * shapes.ROW)
+                sequence.num_scheduled_tokens += 1
+                owners.append((row, sequence))
+            sequence.num_computed_tokens = stop
+            sequence.slot.prefix_ids = sequence.prepared.prefix_ids[:stop]
+        batch = collate(examples, buckets.ROW, 4 * buckets.ROW)
         with jax.set_mesh(self.mesh):
             arrays = {"slot_r": slot_r, "start_r": start_r, "end_rt": end_rt}
             arrays |= {"is_last_r": is_last_r, "seen_rv": seen_rv}
             arrays |= {"settings": sampling.row_settings(settings)}
             arrays = jax.tree.map(self._put, arrays) | {"batch": to_device(batch, self.mesh)}
-            tokens_r, self._state = programs.extend(
+            tokens_r, self._state = programs.prefill(
                 self.config, self.params, self._state, arrays, chunk.is_fresh
             )
         return tokens_r, owners
 
-    def _decode(self, active: list[Running]):
-        places = [self._slots.index(running.slot) for running in active]
+    def _decode(self, active: list[Sequence]):
+        places = [self._slots.index(sequence.slot) for sequence in active]
         is_active_b = np.zeros(self.slots, bool)
         is_active_b[places] = True
         with jax.set_mesh(self.mesh):
             tokens_b, self._state = programs.decode(
                 self.config, self.params, self._state, self._put(is_active_b)
             )
-        for running in active:
-            running.ordered += 1
+        for sequence in active:
+            sequence.num_scheduled_tokens += 1
         return tokens_b, list(zip(places, active, strict=True))
 
     def _copy(self, source: Slot, target: Slot) -> None:
@@ -265,27 +266,29 @@ class Engine:
         with jax.set_mesh(self.mesh):
             self._state = programs.copy_slot(self._state, self._put(from_d), self._put(to_d))
 
-    def _collect(self, tokens: jax.Array, owners: list[tuple[int, Running]]) -> Iterator[Event]:
+    def _collect(self, tokens: jax.Array, owners: list[tuple[int, Sequence]]) -> Iterator[Event]:
         tokens = np.asarray(tokens)
-        for place, running in owners:
-            answer = running.answer
+        for place, sequence in owners:
+            answer = sequence.answer
             if answer.finish_reason:
-                continue  # ordered before its end was known
+                continue  # in_flight before its end was known
             # The token before this one has been fed, so its keys and values are in the slot.
             fed = answer.token_ids[-1:]
-            running.slot.identity = np.concatenate([running.slot.identity, np.array(fed, np.int64)])
+            sequence.slot.prefix_ids = np.concatenate(
+                [sequence.slot.prefix_ids, np.array(fed, np.int64)]
+            )
             answer.add(int(tokens[place]))
             result = None
             if answer.finish_reason:
-                running.slot.running = None
+                sequence.slot.sequence = None
                 usage = {
-                    "prompt_tokens": running.length,
-                    "cached_tokens": running.cached,
+                    "prompt_tokens": sequence.length,
+                    "cached_tokens": sequence.num_cached_tokens,
                     "completion_tokens": len(answer.token_ids),
                 }
                 ids = tuple(answer.token_ids)
                 result = Result(answer.text.strip(), ids, answer.finish_reason, usage)
-            yield running.index, answer, result
+            yield sequence.index, answer, result
 
     def _put(self, array: np.ndarray) -> jax.Array:
         return put(array, self.mesh, "batch", *[None] * (array.ndim - 1))

@@ -8,9 +8,9 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from neo_jax.config import ModelConfig
 from neo_jax.errors import InputError
-from neo_jax.model.cache import num_bytes
+from neo_jax.model.kv_cache import num_bytes
+from neo_jax.model_config import ModelConfig
 
 # What prefill and compiled programs may take besides parameters and cache.
 _RESERVED_SHARE = 0.15

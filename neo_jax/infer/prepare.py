@@ -11,7 +11,6 @@ from concurrent.futures import Future
 import numpy as np
 from PIL import Image
 
-from neo_jax.config import IMAGE_FACTOR, PATCH_CHANNELS, ModelConfig
 from neo_jax.data.chat import chat_prompt, expand_images
 from neo_jax.data.example import Example, make_example
 from neo_jax.data.image import ImageSource, patchify, resized_pixels
@@ -19,6 +18,7 @@ from neo_jax.data.tokenizer import NeoTokenizer
 from neo_jax.data.video import load_video, video_prompt
 from neo_jax.errors import InputError
 from neo_jax.infer.request import Request
+from neo_jax.model_config import IMAGE_FACTOR, PATCH_CHANNELS, ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Prepared:
 
     example: Example
     # [L] int64: the token, or for a visual token a number made of its picture. Prompts whose
-    # identities agree on a prefix have the same keys and values there.
-    identity: np.ndarray
+    # prefix ids agree on a prefix have the same keys and values there.
+    prefix_ids: np.ndarray
 
 
 class Preparer:
@@ -87,15 +87,15 @@ class Preparer:
         grid_hw = np.concatenate([nothing[1], *(picture.grid_hw for picture in pictures)])
         token_ids = self._tokenizer.encode(expand_images(prompt, grid_hw))
         example = make_example(token_ids, patches, grid_hw, self._tokenizer)
-        identity = example.tokens.astype(np.int64)
+        prefix_ids = example.tokens.astype(np.int64)
         counts = grid_hw.prod(axis=1) // 4
         visual = [
             picture.digest ^ np.arange(count)
             for picture, count in zip(pictures, counts, strict=True)
         ]
         if visual:
-            identity[example.is_image] = np.concatenate(visual)
-        return Prepared(example, identity)
+            prefix_ids[example.is_image] = np.concatenate(visual)
+        return Prepared(example, prefix_ids)
 
 
 class _Once:

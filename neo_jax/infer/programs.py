@@ -1,7 +1,7 @@
 """The device's side of generation: three jitted programs over one state of fixed shape.
 
-The state is a dict, donated to each program and given back: the cache's arrays (`model/cache.py`)
-and per slot `tokens_b` (the last token), `index_b` (how many were generated), `seen_bv` (which are
+The state is a dict, donated to each program and given back: the cache (`model/kv_cache.py`), and
+per slot `tokens_b` (the last token), `index_b` (how many were generated), `seen_bv` (which are
 penalised) and `settings` (`sampling.row_settings`).
 """
 
@@ -10,26 +10,24 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from neo_jax.config import ModelConfig
 from neo_jax.infer import sampling
-from neo_jax.model import cache as kv
+from neo_jax.model import kv_cache as kv
 from neo_jax.model.neo import bind
+from neo_jax.model_config import ModelConfig
 from neo_jax.sharding import spec
 
 State = dict
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def new_state(
-    c: ModelConfig, slots: int, length: int, kv_dtype: str, is_apart: bool = False
-) -> State:
-    """All slots empty; each has room for `length` tokens. `is_apart`: see `kv.empty`."""
+@functools.partial(jax.jit, static_argnums=(0, 2, 3, 4))
+def new_state(c: ModelConfig, params: dict, slots: int, length: int, kv_dtype: str) -> State:
+    """All slots empty; each has room for `length` tokens."""
 
     def zeros(shape, dtype):
         return jnp.zeros(shape, dtype, out_sharding=spec("batch", *[None] * (len(shape) - 1)))
 
     settings = sampling.row_settings([])
-    return kv.empty(c, slots, length, kv_dtype, is_apart) | {
+    return kv.empty(c, params, slots, length, kv_dtype) | {
         "tokens_b": zeros((slots,), jnp.int32),
         "index_b": zeros((slots,), jnp.int32),
         "seen_bv": zeros((slots, c.vocab_size), bool),
@@ -38,18 +36,18 @@ def new_state(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)
-def extend(
+def prefill(
     c: ModelConfig, params: dict, state: State, rows: dict, is_fresh: bool
 ) -> tuple[jax.Array, State]:
     """Puts parts of prompts into their slots; returns each row's next token [R].
 
     Args:
-      rows: `batch` [R, T]; `slot_r`, `start_r`, `end_rt` and `is_fresh` as in `Neo.extend`;
+      rows: `batch` [R, T]; `slot_r`, `start_r`, `end_rt` and `is_fresh` as in `Neo.prefill`;
         `is_last_r`, whether the prompt ends in this row, so that generation starts; then `seen_rv`
         and `settings` of the request.
     """
     neo, slot_r = bind(c, params), rows["slot_r"]
-    logits_rv, state = neo.extend(rows["batch"], state, rows, is_fresh)
+    logits_rv, state = neo.prefill(rows["batch"], state, rows, is_fresh)
     first_r = jnp.zeros_like(slot_r)
     tokens_r = sampling.sample(logits_rv, rows["seen_rv"], rows["settings"], first_r)
     seen_rv = sampling.add_seen(rows["seen_rv"], tokens_r)

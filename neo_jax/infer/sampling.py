@@ -112,7 +112,7 @@ def sample(
 
 def _sample_rows(logits_bv, seen_bv, settings, index_b):
     greedy_b = jnp.argmax(_penalized(logits_bv, seen_bv, settings), axis=1).astype(jnp.int32)
-    is_drawn_b = settings["temperature_b"] > 0
+    is_sampled_b = settings["temperature_b"] > 0
 
     def draw_row(seed, index, kept_v):
         # Threefry by name: under vmap, other generators let a row's place decide its numbers.
@@ -122,9 +122,9 @@ def _sample_rows(logits_bv, seen_bv, settings, index_b):
     def draw():
         kept_bv = processed_logits(logits_bv, seen_bv, settings)
         drawn_b = jax.vmap(draw_row)(settings["seed_b"], index_b, kept_bv)
-        return jnp.where(is_drawn_b, drawn_b, greedy_b)
+        return jnp.where(is_sampled_b, drawn_b, greedy_b)
 
-    return jax.lax.cond(jnp.any(is_drawn_b), draw, lambda: greedy_b)
+    return jax.lax.cond(jnp.any(is_sampled_b), draw, lambda: greedy_b)
 
 
 def _penalized(logits_bv, seen_bv, settings):

@@ -14,26 +14,26 @@ MIN_PREFIX = 64
 
 
 @dataclasses.dataclass(eq=False)
-class Running:
+class Sequence:
     """A request that has a slot.
 
     Attributes:
-      filled: how many tokens of the prompt are in the slot (or on the way there).
-      cached: how many of those were found in the cache.
-      ordered: how many tokens the device was told to generate.
+      num_computed_tokens: how many tokens of the prompt are in the slot (or on the way there).
+      num_cached_tokens: how many of those were found in the cache.
+      num_scheduled_tokens: how many tokens the device was told to generate.
     """
 
     index: int
     prepared: Prepared
     answer: Answer
     slot: "Slot"
-    filled: int
-    cached: int
-    ordered: int = 0
+    num_computed_tokens: int
+    num_cached_tokens: int
+    num_scheduled_tokens: int = 0
 
     @property
     def length(self) -> int:
-        return len(self.prepared.identity)
+        return len(self.prepared.prefix_ids)
 
     @functools.cached_property
     def ends(self) -> np.ndarray:
@@ -42,12 +42,12 @@ class Running:
         return np.searchsorted(t, t, side="right")
 
     @property
-    def is_filled(self) -> bool:
-        return self.filled == self.length
+    def is_prefilled(self) -> bool:
+        return self.num_computed_tokens == self.length
 
     def next_chunk(self, budget: int) -> tuple[int, int]:
         """The next tokens to put into the slot: at most `budget`, but never a part of a picture."""
-        is_image, start = self.prepared.example.is_image, self.filled
+        is_image, start = self.prepared.example.is_image, self.num_computed_tokens
         stop = min(start + budget, self.length)
         if stop < self.length and is_image[stop] and is_image[stop - 1]:
             before = _picture_start(is_image, stop)
@@ -73,18 +73,18 @@ class Slot:
 
     device: int
     number: int
-    identity: np.ndarray  # of the tokens whose keys and values it holds
-    running: Running | None = None
+    prefix_ids: np.ndarray  # of the tokens whose keys and values it holds
+    sequence: Sequence | None = None
     used: int = 0  # when it was last given away
 
 
-def usable_prefix(prepared: Prepared, identity: np.ndarray) -> int:
-    """How many first tokens of a prompt are those of `identity`, cut back to whole pictures.
+def usable_prefix(prepared: Prepared, prefix_ids: np.ndarray) -> int:
+    """How many first tokens of a prompt are those of `prefix_ids`, cut back to whole pictures.
 
     At least one token is left to compute, and short prefixes count as none.
     """
-    length = min(len(prepared.identity) - 1, len(identity))
-    differs = prepared.identity[:length] != identity[:length]
+    length = min(len(prepared.prefix_ids) - 1, len(prefix_ids))
+    differs = prepared.prefix_ids[:length] != prefix_ids[:length]
     length = int(np.argmax(differs)) if differs.any() else length
     is_image = prepared.example.is_image
     if length and is_image[length] and is_image[length - 1]:
@@ -98,22 +98,24 @@ def choose(prepared: Prepared, slots: list[Slot], reuse: bool) -> tuple[Slot, Sl
     Returns None when no slot is free, or when it pays to wait because a request that is being
     filled right now will hold more of the prefix.
     """
-    free = [slot for slot in slots if slot.running is None]
+    free = [slot for slot in slots if slot.sequence is None]
     if not free:
         return None
-    oldest = min(free, key=lambda slot: (len(slot.identity) > 0, slot.used))
+    oldest = min(free, key=lambda slot: (len(slot.prefix_ids) > 0, slot.used))
     if not reuse:
         return oldest, oldest, 0
     best = (oldest, oldest, 0)
     for source in slots:
-        length = usable_prefix(prepared, source.identity)
+        length = usable_prefix(prepared, source.prefix_ids)
         # In place if the holder is free, or else copied within the device.
         near = [slot for slot in free if slot.device == source.device]
         target = source if source in free else min(near, key=lambda slot: slot.used, default=None)
         if target is not None and length > best[2]:
             best = (target, source, length)
-    filling = [slot.running for slot in slots if slot.running and not slot.running.is_filled]
-    if any(usable_prefix(prepared, other.prepared.identity) > best[2] for other in filling):
+    prefilling = [
+        slot.sequence for slot in slots if slot.sequence and not slot.sequence.is_prefilled
+    ]
+    if any(usable_prefix(prepared, other.prepared.prefix_ids) > best[2] for other in prefilling):
         return None
     return best
 

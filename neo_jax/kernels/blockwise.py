@@ -7,7 +7,7 @@ first start and the last end of its intervals only. The backward pass computes s
 import jax
 import jax.numpy as jnp
 
-from neo_jax.kernels.dense import UNSEEN, product
+from neo_jax.kernels.dense import MASK_VALUE, product
 
 BLOCK = 512
 
@@ -25,25 +25,31 @@ def forward(q_btnj, k_bskj, v_bskh, start_bt, end_bt, scale):
         q_tkgj = q_tnj.reshape(len(q_tnj), -1, group, q_tnj.shape[-1])
 
         def step(number, state):
-            top, total, z = state
+            running_max, total, z = state
             k_skj, v_skh = (_block(array, row, number) for array in (k_bskj, v_bskh))
             scores = scale * dot("tkgj,skj->kgts", q_tkgj, k_skj)
-            scores = jnp.where(_seen(start_t, end_t, number), scores, UNSEEN)
-            new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
-            p = jnp.exp(scores - new_top[..., None])
-            shrink = jnp.exp(top - new_top)
-            z = z * shrink[..., None] + dot("kgts,skh->kgth", p.astype(v_skh.dtype), v_skh)
-            return new_top, total * shrink + jnp.sum(p, axis=-1), z
+            scores = jnp.where(_mask(start_t, end_t, number), scores, MASK_VALUE)
+            new_max = jnp.maximum(running_max, jnp.max(scores, axis=-1))
+            p = jnp.exp(scores - new_max[..., None])
+            rescale = jnp.exp(running_max - new_max)
+            z = z * rescale[..., None] + dot("kgts,skh->kgth", p.astype(v_skh.dtype), v_skh)
+            return new_max, total * rescale + jnp.sum(p, axis=-1), z
 
         shape = (q_tkgj.shape[1], group, len(q_tnj))
         # Above every score of an unseen key, so that its exponent is 0 from the first.
-        state = jnp.full(shape, UNSEEN / 2), jnp.zeros(shape), jnp.zeros((*shape, v_bskh.shape[-1]))
-        top, total, z = jax.lax.fori_loop(*_bounds(start_t, end_t), step, state)
+        state = (
+            jnp.full(shape, MASK_VALUE / 2),
+            jnp.zeros(shape),
+            jnp.zeros((*shape, v_bskh.shape[-1])),
+        )
+        running_max, total, z = jax.lax.fori_loop(*_bounds(start_t, end_t), step, state)
         is_empty = total == 0
         total = jnp.where(is_empty, 1, total)
         z_tkgh = jnp.moveaxis(z / total[..., None], 2, 0)
-        log_sum = jnp.where(is_empty, 0, top + jnp.log(total))
-        return z_tkgh.reshape(len(q_tnj), -1, z.shape[-1]).astype(q_btnj.dtype), _together(log_sum)
+        log_sum = jnp.where(is_empty, 0, running_max + jnp.log(total))
+        return z_tkgh.reshape(len(q_tnj), -1, z.shape[-1]).astype(q_btnj.dtype), _ungroup_heads(
+            log_sum
+        )
 
     z, log_sum = jax.lax.map(block, _blocks(q_btnj, start_bt, end_bt))
     b, t = start_bt.shape
@@ -55,22 +61,22 @@ def backward(q_btnj, k_bskj, v_bskh, start_bt, end_bt, z_btnh, log_sum_btn, dz_b
     dot, group = product(q_btnj.dtype), q_btnj.shape[2] // k_bskj.shape[2]
     num_keys = k_bskj.shape[1]
     k_bskj, v_bskh = _padded(k_bskj, BLOCK), _padded(v_bskh, BLOCK)
-    own_btn = jnp.sum(z_btnh.astype(jnp.float32) * dz_btnh.astype(jnp.float32), axis=-1)
+    delta_btn = jnp.sum(z_btnh.astype(jnp.float32) * dz_btnh.astype(jnp.float32), axis=-1)
 
     def block(sums, inputs):
-        row, q_tnj, start_t, end_t, dz_tnh, log_sum_tn, own_tn = inputs
+        row, q_tnj, start_t, end_t, dz_tnh, log_sum_tn, delta_tn = inputs
         heads = (len(q_tnj), k_bskj.shape[2], group)
         q_tkgj, dz_tkgh = q_tnj.reshape(*heads, q_tnj.shape[-1]), dz_tnh.reshape(*heads, -1)
-        log_sum, own = (_apart(array, group) for array in (log_sum_tn, own_tn))
+        log_sum, delta = (_group_heads(array, group) for array in (log_sum_tn, delta_tn))
 
         def step(number, state):
             dk_bskj, dv_bskh, dq_tkgj = state
             k_skj, v_skh = (_block(array, row, number) for array in (k_bskj, v_bskh))
             scores = scale * dot("tkgj,skj->kgts", q_tkgj, k_skj)
-            is_seen = _seen(start_t, end_t, number)
-            p = jnp.exp(jnp.where(is_seen, scores - log_sum[..., None], UNSEEN))
+            mask = _mask(start_t, end_t, number)
+            p = jnp.exp(jnp.where(mask, scores - log_sum[..., None], MASK_VALUE))
             dp = dot("tkgh,skh->kgts", dz_tkgh, v_skh)
-            dscores = (scale * p * (dp - own[..., None])).astype(k_skj.dtype)
+            dscores = (scale * p * (dp - delta[..., None])).astype(k_skj.dtype)
             dk = dot("kgts,tkgj->skj", dscores, q_tkgj)
             dv = dot("kgts,tkgh->skh", p.astype(v_skh.dtype), dz_tkgh)
             dq_tkgj += dot("kgts,skj->tkgj", dscores, k_skj)
@@ -82,7 +88,7 @@ def backward(q_btnj, k_bskj, v_bskh, start_bt, end_bt, z_btnh, log_sum_btn, dz_b
         return tuple(sums), dq_tkgj.reshape(q_tnj.shape).astype(q_tnj.dtype)
 
     zeros = tuple(jnp.zeros(array.shape, jnp.float32) for array in (k_bskj, v_bskh))
-    blocks = _blocks(q_btnj, start_bt, end_bt, dz_btnh, log_sum_btn, own_btn)
+    blocks = _blocks(q_btnj, start_bt, end_bt, dz_btnh, log_sum_btn, delta_btn)
     (dk_bskj, dv_bskh), dq = jax.lax.scan(block, zeros, blocks)
     b, t = start_bt.shape
     dq_btnj = dq.reshape(b, -1, *dq.shape[2:])[:, :t]
@@ -120,15 +126,15 @@ def _added(sums: jax.Array, new: jax.Array, row: jax.Array, number: jax.Array) -
     return jax.lax.dynamic_update_slice(sums, new[None], (row, number * BLOCK, 0, 0))
 
 
-def _seen(start_t: jax.Array, end_t: jax.Array, number: jax.Array) -> jax.Array:
+def _mask(start_t: jax.Array, end_t: jax.Array, number: jax.Array) -> jax.Array:
     """[T, block] of a block of keys."""
     key_s = number * BLOCK + jnp.arange(BLOCK, dtype=jnp.int32)
     return (key_s >= start_t[:, None]) & (key_s < end_t[:, None])
 
 
-def _together(array_kgt: jax.Array) -> jax.Array:
+def _ungroup_heads(array_kgt: jax.Array) -> jax.Array:
     return jnp.moveaxis(array_kgt, 2, 0).reshape(array_kgt.shape[2], -1)
 
 
-def _apart(array_tn: jax.Array, group: int) -> jax.Array:
+def _group_heads(array_tn: jax.Array, group: int) -> jax.Array:
     return jnp.moveaxis(array_tn.reshape(len(array_tn), -1, group), 0, 2)

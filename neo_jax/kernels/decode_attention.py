@@ -4,7 +4,8 @@ The cache keeps a token's heads side by side, [l, B, S, K * J], so one product o
 queries that are zero in the other heads' places gives the scores: more operations than a product
 for each head, but nothing is moved, and reading the cache takes longer still. Values likewise.
 
-A store is {"values": that array}, with int8 also {"scale": [l, B, K, S] float32}: `model/cache.py`.
+A store is {"values": that array}, with int8 also {"scale": [l, B, K, S] float32}; see
+`model/kv_cache.py`.
 """
 
 import functools
@@ -14,9 +15,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from neo_jax.kernels.dense import UNSEEN, product
-from neo_jax.kernels.on_device import on_device
+from neo_jax.kernels.dense import MASK_VALUE, product
 from neo_jax.kernels.pallas_forward import dot
+from neo_jax.kernels.shard_kernel import shard_kernel
 
 NAME = "decode_attention"
 LANES = 128
@@ -38,7 +39,7 @@ def decode_attention(q_b1nj, k, v, layer, end_b, num_key_heads, scale, kernel=No
     """
     group = q_b1nj.shape[2] // num_key_heads
     run = functools.partial(_on_device, group=group, scale=scale, kernel=kernel)
-    return on_device(run, (q_b1nj, k, v, jnp.asarray(layer), end_b), out_like=0)
+    return shard_kernel(run, (q_b1nj, k, v, jnp.asarray(layer), end_b), out_like=0)
 
 
 def _on_device(q_b1nj, k, v, layer, end_b, group, scale, kernel):
@@ -59,11 +60,11 @@ def _on_device(q_b1nj, k, v, layer, end_b, group, scale, kernel):
 def _in_xla(q_b1nj, k, v, layer, end_b, num_heads, scale):
     dot_in = product(q_b1nj.dtype)
     k_bsx, v_bsx = (_read(store, layer, q_b1nj.dtype) for store in (k, v))
-    scores_bsn = scale * dot_in("bsx,bnx->bsn", k_bsx, _apart(q_b1nj, num_heads))
-    is_seen_bs = jnp.arange(k_bsx.shape[1]) < end_b[:, None]
-    p_bsn = jax.nn.softmax(jnp.where(is_seen_bs[..., None], scores_bsn, UNSEEN), axis=1)
+    scores_bsn = scale * dot_in("bsx,bnx->bsn", k_bsx, _spread_queries(q_b1nj, num_heads))
+    mask_bs = jnp.arange(k_bsx.shape[1]) < end_b[:, None]
+    p_bsn = jax.nn.softmax(jnp.where(mask_bs[..., None], scores_bsn, MASK_VALUE), axis=1)
     z_bnx = dot_in("bsn,bsx->bnx", p_bsn.astype(v_bsx.dtype), v_bsx)
-    return _own(z_bnx, num_heads).astype(q_b1nj.dtype)
+    return _gather_own_heads(z_bnx, num_heads).astype(q_b1nj.dtype)
 
 
 def _read(store: dict, layer, dtype) -> jax.Array:
@@ -78,33 +79,33 @@ def _read(store: dict, layer, dtype) -> jax.Array:
     return (heads * part["scale"].swapaxes(1, 2)[..., None]).reshape(b, s, x).astype(dtype)
 
 
-def _apart(q_b1nj: jax.Array, num_heads: tuple[int, int]) -> jax.Array:
+def _spread_queries(q_b1nj: jax.Array, num_heads: tuple[int, int]) -> jax.Array:
     """[B, N, K * J]: each query in its own key head's place, among zeros."""
     b, _, n, _ = q_b1nj.shape
-    return jnp.where(_is_own(num_heads), q_b1nj[:, 0, :, None], 0).reshape(b, n, -1)
+    return jnp.where(_is_own_head(num_heads), q_b1nj[:, 0, :, None], 0).reshape(b, n, -1)
 
 
-def _own(z_bnx: jax.Array, num_heads: tuple[int, int]) -> jax.Array:
+def _gather_own_heads(z_bnx: jax.Array, num_heads: tuple[int, int]) -> jax.Array:
     """[B, 1, N, H]: of [B, N, K * H], what is in each query's own key head's place."""
     b, n, _ = z_bnx.shape
     z_bnkh = z_bnx.reshape(b, n, num_heads[1], -1)
-    return jnp.sum(jnp.where(_is_own(num_heads), z_bnkh, 0), axis=2)[:, None]
+    return jnp.sum(jnp.where(_is_own_head(num_heads), z_bnkh, 0), axis=2)[:, None]
 
 
-def _is_own(num_heads: tuple[int, int]) -> jax.Array:
+def _is_own_head(num_heads: tuple[int, int]) -> jax.Array:
     n, k = num_heads
     return (jnp.arange(n)[:, None] // (n // k) == jnp.arange(k))[..., None]
 
 
 def _kernel(layer_ref, end_ref, *refs, scale, group):
-    *stores, z_ref, top_ref, sum_ref, acc_ref = refs
+    *stores, z_ref, max_ref, sum_ref, acc_ref = refs
     q_ref, k_ref, v_ref, *scales = stores
     row, number = pl.program_id(0), pl.program_id(1)
     block = k_ref.shape[0]
 
     @pl.when(number == 0)
     def _():
-        top_ref[...] = jnp.full_like(top_ref, UNSEEN / 2)
+        max_ref[...] = jnp.full_like(max_ref, MASK_VALUE / 2)
         sum_ref[...] = jnp.zeros_like(sum_ref)
         acc_ref[...] = jnp.zeros_like(acc_ref)
 
@@ -115,16 +116,16 @@ def _kernel(layer_ref, end_ref, *refs, scale, group):
         if scales:
             scores_ns *= _for_queries(scales[0][...], group)
         key_ns = number * block + jax.lax.broadcasted_iota(jnp.int32, scores_ns.shape, 1)
-        scores_ns = jnp.where(key_ns < end_ref[row], scores_ns, UNSEEN)
-        top = jnp.maximum(top_ref[...], jnp.max(scores_ns, axis=1, keepdims=True))
-        p_ns = jnp.exp(scores_ns - top)
-        shrink = jnp.exp(top_ref[...] - top)
-        top_ref[...] = top
-        sum_ref[...] = shrink * sum_ref[...] + jnp.sum(p_ns, axis=1, keepdims=True)
+        scores_ns = jnp.where(key_ns < end_ref[row], scores_ns, MASK_VALUE)
+        running_max = jnp.maximum(max_ref[...], jnp.max(scores_ns, axis=1, keepdims=True))
+        p_ns = jnp.exp(scores_ns - running_max)
+        rescale = jnp.exp(max_ref[...] - running_max)
+        max_ref[...] = running_max
+        sum_ref[...] = rescale * sum_ref[...] + jnp.sum(p_ns, axis=1, keepdims=True)
         if scales:
             p_ns *= _for_queries(scales[1][...], group)
         v = v_ref[...].astype(q.dtype)
-        acc_ref[...] = shrink * acc_ref[...] + dot(p_ns.astype(q.dtype), v, _PLAIN)
+        acc_ref[...] = rescale * acc_ref[...] + dot(p_ns.astype(q.dtype), v, _PLAIN)
 
     @pl.when(number == pl.num_programs(1) - 1)
     def _():
@@ -138,7 +139,7 @@ def _for_queries(scale_ks: jax.Array, group: int) -> jax.Array:
 
 
 def _pallas(q_b1nj, k, v, layer, end_b, num_heads, scale, is_interpreted=False):
-    q_bnx = _apart(q_b1nj, num_heads)
+    q_bnx = _spread_queries(q_b1nj, num_heads)
     k_values, v_values = k["values"], v["values"]
     b, n, width_k = q_bnx.shape
     length, width_v = v_values.shape[2:]
@@ -185,4 +186,4 @@ def _pallas(q_b1nj, k, v, layer, end_b, num_heads, scale, is_interpreted=False):
         name=NAME,
         interpret=is_interpreted,
     )(jnp.asarray(layer, jnp.int32).reshape(1), end_b.astype(jnp.int32), *arrays)
-    return _own(z_bnx, num_heads).astype(q_b1nj.dtype)
+    return _gather_own_heads(z_bnx, num_heads).astype(q_b1nj.dtype)

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-UNSEEN = -1e30  # the score of a key that a query does not see
+MASK_VALUE = -1e30  # the score of a key that a query does not see
 
 
 def product(dtype) -> functools.partial:
@@ -22,7 +22,7 @@ def attend(q_btnj, k_bskj, v_bskh, start_bt, end_bt, scale):
     q_btkgj = q_btnj.reshape(b, t, k, n // k, j)
     scores_bkgts = scale * dot("btkgj,bskj->bkgts", q_btkgj, k_bskj)
     is_seen_bts = seen(start_bt, end_bt, num_keys)
-    scores_bkgts = jnp.where(is_seen_bts[:, None, None], scores_bkgts, UNSEEN)
+    scores_bkgts = jnp.where(is_seen_bts[:, None, None], scores_bkgts, MASK_VALUE)
     p_bkgts = jax.nn.softmax(scores_bkgts, axis=-1).astype(v_bskh.dtype)
     z_btkgh = dot("bkgts,bskh->btkgh", p_bkgts, v_bskh)
     z_btnh = z_btkgh.reshape(b, t, n, -1)

@@ -1,7 +1,7 @@
 """Interval attention that keeps no scores: a forward and a backward pass of the same blocks.
 
 The backward pass gets the results and the logarithms of the softmax's sums, and computes the scores
-again: in XLA (`blockwise`) or on TPUs in Pallas, whose kernels walk a list of visits.
+again: in XLA (`blockwise`) or on TPUs in Pallas, whose kernels walk a block list.
 """
 
 import functools
@@ -12,29 +12,31 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from neo_jax.kernels import block_list as of
 from neo_jax.kernels import blockwise, pallas_backward, pallas_forward
-from neo_jax.kernels import visits as of
 
 BLOCKS = (512, 512)  # queries, keys
 LANES = 128  # the kernels take widths that are multiples of this
 
 
-class Visits(NamedTuple):
+class BlockLists(NamedTuple):
     """The lists that the Pallas kernels walk; by keys only where the backward pass needs two."""
 
-    by_queries: tuple[jax.Array, jax.Array]
-    by_keys: tuple[jax.Array, jax.Array] | None
+    q_major: tuple[jax.Array, jax.Array]
+    kv_major: tuple[jax.Array, jax.Array] | None
 
 
-def visits_of(start_bt, end_bt, num_keys: int, widths: tuple[int, int], itemsize: int) -> Visits:
+def block_lists_of(
+    start_bt, end_bt, num_keys: int, widths: tuple[int, int], itemsize: int
+) -> BlockLists:
     """Of a device's queries [B, T] over so many keys, whose and whose values' widths are given."""
     blocks = blocks_for(start_bt.shape[1], num_keys)
     bounds = _filled(start_bt, blocks[0]), _filled(end_bt, blocks[0])
     size = num_keys + -num_keys % blocks[1]
-    by_keys = needs_keys(num_keys, widths, itemsize)
-    return Visits(
-        of.by_queries(*bounds, size, *blocks),
-        of.by_keys(*bounds, size, *blocks) if by_keys else None,
+    kv_major = needs_keys(num_keys, widths, itemsize)
+    return BlockLists(
+        of.q_major(*bounds, size, *blocks),
+        of.kv_major(*bounds, size, *blocks) if kv_major else None,
     )
 
 
@@ -52,24 +54,24 @@ def blocks_for(num_queries: int, num_keys: int) -> tuple[int, int]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def flash(q_btnj, k_bskj, v_bskh, start_bt, end_bt, visits, scale, implementation):
+def flash(q_btnj, k_bskj, v_bskh, start_bt, end_bt, block_list, scale, implementation):
     """`interval_attention` on one device.
 
     Args:
-      visits: None for "blockwise".
+      block_list: None for "blockwise".
       implementation: "blockwise", "pallas", "interpreted" (Pallas without a TPU), or "auto":
         Pallas where this is compiled for a TPU.
     """
-    return _forward(q_btnj, k_bskj, v_bskh, start_bt, end_bt, visits, scale, implementation)[0]
+    return _forward(q_btnj, k_bskj, v_bskh, start_bt, end_bt, block_list, scale, implementation)[0]
 
 
-def _forward(q_btnj, k_bskj, v_bskh, start_bt, end_bt, visits, scale, implementation):
+def _forward(q_btnj, k_bskj, v_bskh, start_bt, end_bt, block_list, scale, implementation):
     arrays = (q_btnj, k_bskj, v_bskh, start_bt, end_bt)
-    z_btnh, log_sum = _choose(implementation, _pallas, _blockwise)(*arrays, visits, scale=scale)
+    z_btnh, log_sum = _choose(implementation, _pallas, _blockwise)(*arrays, block_list, scale=scale)
     # Named as it is kept: with heads as a dimension it would be laid out anew, twice.
     z_btnh = checkpoint_name(_lanes(z_btnh), "attended").reshape(z_btnh.shape)
     log_sum = checkpoint_name(log_sum, "log_sum")
-    return z_btnh, (*arrays, visits, z_btnh, log_sum)
+    return z_btnh, (*arrays, block_list, z_btnh, log_sum)
 
 
 def _backward(scale, implementation, residuals, dz_btnh):
@@ -96,7 +98,7 @@ def _choose(implementation: str, pallas, in_xla):
     return run
 
 
-def _blockwise(q_btnj, k_bskj, v_bskh, start_bt, end_bt, visits, scale):
+def _blockwise(q_btnj, k_bskj, v_bskh, start_bt, end_bt, block_list, scale):
     z_btnh, log_sum = blockwise.forward(q_btnj, k_bskj, v_bskh, start_bt, end_bt, scale)
     return z_btnh, _by_key_head(log_sum, k_bskj.shape[2])
 
@@ -107,18 +109,18 @@ def _blockwise_backward(*residuals_and_dz, scale):
     return blockwise.backward(*arrays, z_btnh, log_sum, dz_btnh, scale)
 
 
-def _pallas(q_btnj, k_bskj, v_bskh, start_bt, end_bt, visits, scale, is_interpreted=False):
+def _pallas(q_btnj, k_bskj, v_bskh, start_bt, end_bt, block_list, scale, is_interpreted=False):
     (b, t, n), (s, k) = q_btnj.shape[:3], k_bskj.shape[1:3]
     blocks = blocks_for(t, s)
     arrays = _flat(q_btnj, k_bskj, v_bskh, start_bt, end_bt, blocks, scale)
     z_bti, log_sum = pallas_forward.forward(
-        *arrays, visits.by_queries, (n, k), blocks, is_interpreted
+        *arrays, block_list.q_major, (n, k), blocks, is_interpreted
     )
     return z_bti[:, :t].reshape(b, t, n, -1), log_sum[..., :t]
 
 
 def _pallas_backward(*residuals_and_dz, scale, is_interpreted=False):
-    *arrays, visits, z_btnh, log_sum, dz_btnh = residuals_and_dz
+    *arrays, block_list, z_btnh, log_sum, dz_btnh = residuals_and_dz
     (t, n), (s, k) = arrays[0].shape[1:3], arrays[1].shape[1:3]
     blocks = blocks_for(t, s)
     z_bti, dz_bti = (_filled(_lanes(array), blocks[0]) for array in (z_btnh, dz_btnh))
@@ -128,7 +130,7 @@ def _pallas_backward(*residuals_and_dz, scale, is_interpreted=False):
         z_bti,
         log_sum,
         dz_bti,
-        visits,
+        block_list,
         scale,
         (n, k),
         blocks,

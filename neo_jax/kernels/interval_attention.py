@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from neo_jax.errors import InputError
 from neo_jax.kernels import dense
-from neo_jax.kernels.flash import LANES, Visits, flash, needs_keys, visits_of
-from neo_jax.kernels.on_device import is_on_device, on_device, partition
+from neo_jax.kernels.flash import LANES, BlockLists, block_lists_of, flash, needs_keys
+from neo_jax.kernels.shard_kernel import is_on_device, partition, shard_kernel
 
 IMPLEMENTATIONS = ("auto", "dense", "blockwise", "pallas", "interpreted")
 SMALL = 512 * 512  # up to so many scores a head, all at once is best
@@ -27,7 +27,7 @@ def interval_attention(
     start_bt: jax.Array,
     end_bt: jax.Array,
     scale: float,
-    visits: Visits | None = None,
+    block_list: BlockLists | None = None,
     implementation: str = "auto",
 ) -> jax.Array:
     """Softmax attention of each query t over the keys start <= s < end. [B, T, N, H].
@@ -36,7 +36,7 @@ def interval_attention(
 
     Args:
       start_bt, end_bt: [B, T]; start >= end where nothing is seen.
-      visits: from `block_visits`, where many layers share the intervals.
+      block_list: from `make_block_list`, where many layers share the intervals.
       implementation: "dense": all scores at once; "blockwise": in XLA, in bounded memory;
         "pallas": the TPU kernel; "interpreted": that kernel without a TPU; "auto": the best.
 
@@ -46,13 +46,13 @@ def interval_attention(
     if implementation not in IMPLEMENTATIONS:
         raise InputError(f"attention {implementation!r}: use one of {', '.join(IMPLEMENTATIONS)}")
     run = functools.partial(_on_device, scale=scale, implementation=implementation)
-    arrays = (q_btnj, k_bskj, v_bskh, start_bt, end_bt, visits)
-    return on_device(run, arrays, out_like=0)
+    arrays = (q_btnj, k_bskj, v_bskh, start_bt, end_bt, block_list)
+    return shard_kernel(run, arrays, out_like=0)
 
 
-def block_visits(
+def make_block_list(
     start_bt: jax.Array, end_bt: jax.Array, num_keys: int, widths: tuple[int, int], itemsize: int
-) -> Visits | None:
+) -> BlockLists | None:
     """What the TPU kernel derives from intervals, to be computed once for many layers.
 
     Args:
@@ -61,20 +61,20 @@ def block_visits(
       widths: J and H.
       itemsize: bytes of a number of q, k and v.
     """
-    run = functools.partial(visits_of, num_keys=num_keys, widths=widths, itemsize=itemsize)
+    run = functools.partial(block_lists_of, num_keys=num_keys, widths=widths, itemsize=itemsize)
     if start_bt.shape[1] * num_keys <= SMALL:
         return None
     if is_on_device():
         return run(start_bt, end_bt)
     bounds = partition(start_bt)
-    by_keys = needs_keys(num_keys, widths, itemsize)
-    out_specs = Visits((P(bounds[0]),) * 2, (P(bounds[0]),) * 2 if by_keys else None)
+    kv_major = needs_keys(num_keys, widths, itemsize)
+    out_specs = BlockLists((P(bounds[0]),) * 2, (P(bounds[0]),) * 2 if kv_major else None)
     return jax.shard_map(run, in_specs=(bounds, bounds), out_specs=out_specs, check_vma=False)(
         start_bt, end_bt
     )
 
 
-def _on_device(q_btnj, k_bskj, v_bskh, start_bt, end_bt, visits, scale, implementation):
+def _on_device(q_btnj, k_bskj, v_bskh, start_bt, end_bt, block_list, scale, implementation):
     end_bt = jnp.maximum(start_bt, end_bt)  # kernels take the difference as a length
     arrays = (q_btnj, k_bskj, v_bskh, start_bt, end_bt)
     num_queries, num_keys = q_btnj.shape[1], k_bskj.shape[1]
@@ -90,5 +90,7 @@ def _on_device(q_btnj, k_bskj, v_bskh, start_bt, end_bt, visits, scale, implemen
         return flash(*arrays, None, scale, implementation)
     if implementation == "pallas" and any(width % LANES for width in widths):
         raise InputError(f"attention 'pallas' takes widths of whole {LANES}s, not {widths}")
-    visits = visits or visits_of(start_bt, end_bt, num_keys, widths, k_bskj.dtype.itemsize)
-    return flash(*arrays, visits, scale, implementation)
+    block_list = block_list or block_lists_of(
+        start_bt, end_bt, num_keys, widths, k_bskj.dtype.itemsize
+    )
+    return flash(*arrays, block_list, scale, implementation)

@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from neo_jax.kernels.on_device import on_device
+from neo_jax.kernels.shard_kernel import shard_kernel
 
 NAME = "norm_rope"
 LANES = 128
@@ -38,7 +38,7 @@ def norm_rope(
       kernel: True: the TPU kernel, interpreted where there is no TPU; None: the best.
     """
     run = functools.partial(_on_device, groups=groups, eps=eps, kernel=kernel)
-    return on_device(run, (t_btnh, hw_btnh, scale_j, cos_bti, sin_bti), out_like=0)
+    return shard_kernel(run, (t_btnh, hw_btnh, scale_j, cos_bti, sin_bti), out_like=0)
 
 
 def _on_device(t_btnh, hw_btnh, scale_j, cos_bti, sin_bti, groups, eps, kernel):

@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from neo_jax.kernels import visits as of
+from neo_jax.kernels import block_list as of
 from neo_jax.kernels.pallas_forward import both_ways, dot, index_maps, scores
 
 NAME = "interval_attention_backward"
@@ -32,7 +32,7 @@ def _own(refs, g, group):
     return jnp.sum((z * dz).T, axis=0, keepdims=True)
 
 
-def _gradients(visit, refs, g, group, is_partly, own):
+def _gradients(visit, refs, g, group, is_partly, delta):
     """A head's q and dz, and p and d scores [keys, queries] in their type."""
     q_ref, k_ref, v_ref, start_ref, end_ref, _, dz_ref, log_sum_ref = refs
     width_q, width_v = q_ref.shape[1] // group, dz_ref.shape[1] // group
@@ -41,12 +41,12 @@ def _gradients(visit, refs, g, group, is_partly, own):
     scores_sq = scores(visit, q, k_ref[...], start_ref, end_ref, is_partly)
     p = jnp.exp2(scores_sq - log_sum_ref[g : g + 1])
     dp = dot(v_ref[...], dz, _ROWS_BY_ROWS)
-    dscores = p * (dp - own)
+    dscores = p * (dp - delta)
     return q, dz, p.astype(q.dtype), dscores.astype(q.dtype)
 
 
 def _fused_kernel(visits_ref, *refs, group, scale, num_query_blocks):
-    *inputs, dq_ref, dk_ref, dv_ref, dq_sum, own_ref, dk_sum, dv_sum = refs
+    *inputs, dq_ref, dk_ref, dv_ref, dq_sum, delta_ref, dk_sum, dv_sum = refs
     k_ref = inputs[1]
     step_number, last_step = pl.program_id(1), pl.num_programs(1) - 1
     visit = visits_ref[step_number]
@@ -65,13 +65,13 @@ def _fused_kernel(visits_ref, *refs, group, scale, num_query_blocks):
     def _():
         dq_sum[...] = jnp.zeros_like(dq_sum)
         for g in range(group):
-            own_ref[g] = _own(inputs, g, group)
+            delta_ref[g] = _own(inputs, g, group)
 
     def step(is_partly):
         width_q, block_k = k_ref.shape[1], k_ref.shape[0]
         dk, dv = 0.0, 0.0
         for g in range(group):
-            q, dz, p, dscores = _gradients(visit, inputs, g, group, is_partly, own_ref[g])
+            q, dz, p, dscores = _gradients(visit, inputs, g, group, is_partly, delta_ref[g])
             dv += dot(p, dz, _PLAIN)
             dk += dot(dscores, q, _PLAIN)
             dq_sum[:, g * width_q : (g + 1) * width_q] += dot(dscores, k_ref[...], _COLUMNS_BY_ROWS)
@@ -94,7 +94,7 @@ def _fused_kernel(visits_ref, *refs, group, scale, num_query_blocks):
 
 
 def _queries_kernel(visits_ref, *refs, group, scale):
-    *inputs, dq_ref, dq_sum, own_ref = refs
+    *inputs, dq_ref, dq_sum, delta_ref = refs
     k_ref = inputs[1]
     visit = visits_ref[pl.program_id(1)]
 
@@ -102,12 +102,12 @@ def _queries_kernel(visits_ref, *refs, group, scale):
     def _():
         dq_sum[...] = jnp.zeros_like(dq_sum)
         for g in range(group):
-            own_ref[g] = _own(inputs, g, group)
+            delta_ref[g] = _own(inputs, g, group)
 
     def step(is_partly):
         width_q = k_ref.shape[1]
         for g in range(group):
-            *_, dscores = _gradients(visit, inputs, g, group, is_partly, own_ref[g])
+            *_, dscores = _gradients(visit, inputs, g, group, is_partly, delta_ref[g])
             dq_sum[:, g * width_q : (g + 1) * width_q] += dot(dscores, k_ref[...], _COLUMNS_BY_ROWS)
 
     both_ways(visit, step)
@@ -129,8 +129,8 @@ def _keys_kernel(visits_ref, *refs, group):
     def step(is_partly):
         dk, dv = 0.0, 0.0
         for g in range(group):
-            own = _own(inputs, g, group)
-            q, dz, p, dscores = _gradients(visit, inputs, g, group, is_partly, own)
+            delta = _own(inputs, g, group)
+            q, dz, p, dscores = _gradients(visit, inputs, g, group, is_partly, delta)
             dv += dot(p, dz, _PLAIN)
             dk += dot(dscores, q, _PLAIN)
         dk_sum[...] += dk
@@ -153,7 +153,7 @@ def backward(
     z_bti,
     log_sum,
     dz_bti,
-    visits,
+    block_list,
     scale,
     num_heads,
     blocks,
@@ -161,8 +161,8 @@ def backward(
 ):
     """Gradients of q (as it was before it was scaled), k and v.
 
-    Arguments as in `pallas_forward.forward`, but `visits` is a `flash.Visits`; `log_sum` as it
-    returns it.
+    Arguments as in `pallas_forward.forward`, but `block_list` is a `flash.BlockLists`; `log_sum`
+    as it returns it.
     """
     n, k = num_heads
     (b, t), s, group = q_bti.shape[:2], k_bsi.shape[1], n // k
@@ -183,8 +183,8 @@ def backward(
     pairs = b * t * s * n // 4
     memory = fused_bytes(s, width_q, width_v, q_bti.dtype.itemsize)
 
-    def run(kernel, visits, out, scratch, name, products, memory=None):
-        listed, total = visits
+    def run(kernel, block_list, out, scratch, name, products, memory=None):
+        listed, total = block_list
         return pl.pallas_call(
             kernel,
             grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -208,38 +208,38 @@ def backward(
         )(listed, *arrays)
 
     dq = (q_bti, pl.BlockSpec((None, block_q, group * width_q), of_queries))
-    dq_sum, own = (block_q, group * width_q), (group, 1, block_q)
-    if visits.by_keys is None:
+    dq_sum, delta = (block_q, group * width_q), (group, 1, block_q)
+    if block_list.kv_major is None:
 
-        def of_whole_row(head, step, visits):
-            return of_queries(head, step, visits)[0], 0, head
+        def of_whole_row(head, step, block_list):
+            return of_queries(head, step, block_list)[0], 0, head
 
         return run(
             functools.partial(
                 _fused_kernel, group=group, scale=scale, num_query_blocks=t // block_q
             ),
-            visits.by_queries,
+            block_list.q_major,
             [
                 dq,
                 (k_bsi, pl.BlockSpec((None, s, width_q), of_whole_row)),
                 (v_bsi, pl.BlockSpec((None, s, width_v), of_whole_row)),
             ],
-            [dq_sum, own, (s, width_q), (s, width_v)],
+            [dq_sum, delta, (s, width_q), (s, width_v)],
             NAME,
             3 * width_q + 2 * width_v,
             memory + FAST_MEMORY // 3,
         )
     (dq_bti,) = run(
         functools.partial(_queries_kernel, group=group, scale=scale),
-        visits.by_queries,
+        block_list.q_major,
         [dq],
-        [dq_sum, own],
+        [dq_sum, delta],
         NAME + "_queries",
         2 * width_q + width_v,
     )
     dk_bsi, dv_bsi = run(
         functools.partial(_keys_kernel, group=group),
-        visits.by_keys,
+        block_list.kv_major,
         [
             (k_bsi, pl.BlockSpec((None, block_k, width_q), of_keys)),
             (v_bsi, pl.BlockSpec((None, block_k, width_v), of_keys)),

@@ -1,8 +1,8 @@
 """Interval attention on TPUs: the forward kernel.
 
 Heads lie side by side as lanes, [B, T, N * J], so nothing is transposed on the way in or out. A
-step takes one visit (`visits.py`) of all query heads that share a key head: the mask is made once,
-and keys are read once, for all of them. Scores are kept with keys down and queries across, so that
+step takes one entry of the block list, for all query heads that share a key head: the mask is
+made and keys are read once for all of them. Scores are kept with keys down and queries across, so that
 what there is once per query (its interval, maximum and sum) is a row of lanes.
 
 Scores come in powers of 2: queries are scaled by log2(e) beforehand (`flash.py`).
@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from neo_jax.kernels import visits as of
-from neo_jax.kernels.dense import UNSEEN
+from neo_jax.kernels import block_list as of
+from neo_jax.kernels.dense import MASK_VALUE
 
 NAME = "interval_attention_forward"
 _ROWS_BY_ROWS = (((1,), (1,)), ((), ()))
@@ -30,7 +30,7 @@ def dot(a: jax.Array, b: jax.Array, dimensions) -> jax.Array:
 
 
 def scores(visit, q, k, start_ref, end_ref, is_partly: bool) -> jax.Array:
-    """[keys, queries] of one head; UNSEEN where a query does not see a key."""
+    """[keys, queries] of one head; MASK_VALUE where a query does not see a key."""
     scores_sq = dot(k, q, _ROWS_BY_ROWS)
     if not is_partly:
         return scores_sq
@@ -38,12 +38,12 @@ def scores(visit, q, k, start_ref, end_ref, is_partly: bool) -> jax.Array:
     key_sq = first + jax.lax.broadcasted_iota(jnp.int32, scores_sq.shape, 0)
     # One comparison for both bounds: below the start, the difference is huge without its sign.
     length = (end_ref[...] - start_ref[...]).astype(jnp.uint32)
-    is_seen = (key_sq - start_ref[...]).astype(jnp.uint32) < length
-    return jnp.where(is_seen, scores_sq, UNSEEN)
+    mask = (key_sq - start_ref[...]).astype(jnp.uint32) < length
+    return jnp.where(mask, scores_sq, MASK_VALUE)
 
 
 def both_ways(visit, step) -> None:
-    """Runs `step(is_partly)`: most visits need no mask."""
+    """Runs `step(is_partly)`: most blocks need no mask."""
     is_partly = (visit & of.PARTLY) != 0
     pl.when(is_partly)(lambda: step(True))
     pl.when(jnp.logical_not(is_partly))(lambda: step(False))
@@ -58,7 +58,7 @@ def _kernel(
     end_ref,
     z_ref,
     log_sum_ref,
-    top_ref,
+    max_ref,
     sum_ref,
     acc_ref,
 ):
@@ -69,7 +69,7 @@ def _kernel(
     @pl.when((visit & of.FIRST) != 0)
     def _():
         # Above every score of an unseen key, so that its exponent is 0 from the first.
-        top_ref[...] = jnp.full_like(top_ref, UNSEEN / 2)
+        max_ref[...] = jnp.full_like(max_ref, MASK_VALUE / 2)
         sum_ref[...] = jnp.zeros_like(sum_ref)
         acc_ref[...] = jnp.zeros_like(acc_ref)
 
@@ -78,12 +78,12 @@ def _kernel(
         for g in range(group):
             q = q_ref[:, g * width_q : (g + 1) * width_q]
             scores_sq = scores(visit, q, k, start_ref, end_ref, is_partly)
-            top = jnp.maximum(top_ref[g], jnp.max(scores_sq, axis=0, keepdims=True))
-            p = jnp.exp2(scores_sq - top)
-            shrink = jnp.exp2(top_ref[g] - top)
-            top_ref[g] = top
-            sum_ref[g] = shrink * sum_ref[g] + jnp.sum(p, axis=0, keepdims=True)
-            acc_ref[g] = shrink * acc_ref[g] + dot(v, p.astype(v.dtype), _COLUMNS_BY_ROWS)
+            running_max = jnp.maximum(max_ref[g], jnp.max(scores_sq, axis=0, keepdims=True))
+            p = jnp.exp2(scores_sq - running_max)
+            rescale = jnp.exp2(max_ref[g] - running_max)
+            max_ref[g] = running_max
+            sum_ref[g] = rescale * sum_ref[g] + jnp.sum(p, axis=0, keepdims=True)
+            acc_ref[g] = rescale * acc_ref[g] + dot(v, p.astype(v.dtype), _COLUMNS_BY_ROWS)
 
     both_ways(visit, step)
 
@@ -94,16 +94,16 @@ def _kernel(
             total = jnp.where(is_empty, 1, sum_ref[g])
             z = (acc_ref[g] / total).T
             z_ref[:, g * width_v : (g + 1) * width_v] = z.astype(z_ref.dtype)
-            log_sum_ref[g] = jnp.where(is_empty, 0, top_ref[g] + jnp.log2(total))[0]
+            log_sum_ref[g] = jnp.where(is_empty, 0, max_ref[g] + jnp.log2(total))[0]
 
 
-def forward(q_bti, k_bsi, v_bsi, start_bt, end_bt, visits, num_heads, blocks, is_interpreted):
+def forward(q_bti, k_bsi, v_bsi, start_bt, end_bt, block_list, num_heads, blocks, is_interpreted):
     """Attention of scaled queries.
 
     Args:
       q_bti: [B, T, N * J], k_bsi: [B, S, K * J], v_bsi: [B, S, K * H].
       start_bt, end_bt: [B, T] int32.
-      visits: from `visits.by_queries` for the same blocks.
+      block_list: from `block_list.q_major` for the same blocks.
       num_heads: (N, K).
       blocks: (queries, keys) of a block; T and S are multiples.
 
@@ -115,7 +115,7 @@ def forward(q_bti, k_bsi, v_bsi, start_bt, end_bt, visits, num_heads, blocks, is
     group, width_q, width_v = n // k, k_bsi.shape[2] // k, v_bsi.shape[2] // k
     block_q, block_k = blocks
     of_queries, of_keys, of_row, of_sums = index_maps(t // block_q)
-    listed, total = visits
+    listed, total = block_list
     pairs = b * t * s * n // 4  # what XLA is told of the work, which the data decide
     return pl.pallas_call(
         _kernel,
@@ -155,27 +155,27 @@ def forward(q_bti, k_bsi, v_bsi, start_bt, end_bt, visits, num_heads, blocks, is
 
 
 def index_maps(num_query_blocks: int):
-    """(head, step, visits) -> the block of queries; of keys; of intervals; of sums of queries."""
+    """(head, step, block_list) -> the block of queries, keys, intervals, and sums of queries."""
 
-    def place(step, visits):
-        block = of.query_block(visits[step])
+    def place(step, block_list):
+        block = of.query_block(block_list[step])
         row = jax.lax.div(block, num_query_blocks)
-        return row, block - row * num_query_blocks, of.key_block(visits[step])
+        return row, block - row * num_query_blocks, of.key_block(block_list[step])
 
-    def of_queries(head, step, visits):
-        row, block, _ = place(step, visits)
+    def of_queries(head, step, block_list):
+        row, block, _ = place(step, block_list)
         return row, block, head
 
-    def of_keys(head, step, visits):
-        row, _, block = place(step, visits)
+    def of_keys(head, step, block_list):
+        row, _, block = place(step, block_list)
         return row, block, head
 
-    def of_row(head, step, visits):
-        row, block, _ = place(step, visits)
+    def of_row(head, step, block_list):
+        row, block, _ = place(step, block_list)
         return row, 0, block
 
-    def of_sums(head, step, visits):
-        row, block, _ = place(step, visits)
+    def of_sums(head, step, block_list):
+        row, block, _ = place(step, block_list)
         return row, head, 0, block
 
     return of_queries, of_keys, of_row, of_sums

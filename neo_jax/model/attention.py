@@ -19,9 +19,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from neo_jax.config import ModelConfig
 from neo_jax.kernels.norm_rope import norm_rope
 from neo_jax.model import layers
+from neo_jax.model_config import ModelConfig
 from neo_jax.sharding import spec
 
 SCALE = float(np.log(2))  # of scores q k: attention kernels count in powers of 2
@@ -56,7 +56,10 @@ class Attention(nnx.Module):
         z_bti = z_btnh.reshape(b, t, n * h, out_sharding=spec("batch", None, "heads"))
         out = spec("batch", None, None)
         return layers.einsum(
-            "bti,id->btd", z_bti, _joined(layers.whole(self.o_nhd, z_btnh.dtype), 0), out=out
+            "bti,id->btd",
+            z_bti,
+            _joined(layers.all_gather_params(self.o_nhd, z_btnh.dtype), 0),
+            out=out,
         ), carried
 
     def heads(self, x_btd: jax.Array, rotary: Rotary) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -94,7 +97,7 @@ def _joined(weight: Any, first: int) -> Any:
     """
 
     def join(part):
-        if part.ndim == 2:  # the factor of an `Adapted` that has no heads
+        if part.ndim == 2:  # the factor of an `LoraMatrix` that has no heads
             return part
         shape, axes = part.shape, jax.typeof(part).sharding.spec
         out = P(*axes[: first + 1], *axes[first + 2 :])
@@ -119,7 +122,7 @@ def _project(x_btd: jax.Array, *weights: nnx.Param) -> list[jax.Array]:
         return jax.lax.optimization_barrier(products)
     found = []
     for weight in weights:
-        weight_dnh = layers.whole(weight, x_btd.dtype)
+        weight_dnh = layers.all_gather_params(weight, x_btd.dtype)
         y_bti = layers.einsum("btd,di->bti", x_btd, _joined(weight_dnh, 1))
         y_bti = checkpoint_name(y_bti, "projected")
         batch, time, heads = jax.typeof(y_bti).sharding.spec

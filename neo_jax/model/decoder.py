@@ -4,34 +4,29 @@ Pre-Buffer and post-LLM are two stacks of the same block; they see the same mask
 origin and in what a training stage trains.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from neo_jax.config import ModelConfig
-from neo_jax.model import layers
+from neo_jax.model import layer_stack, layers
 from neo_jax.model.attention import Attend, Attention, Rotary
-from neo_jax.model.int8 import Int8Matrix
+from neo_jax.model_config import ModelConfig
 from neo_jax.sharding import spec
 
 # What the backward pass keeps of a block beside its input, least first; with "none" everything.
 # Heads before their norms, not after: the norms' own backward pass asks for those.
-KEPT = {
+SAVED_NAMES = {
     "full": (),
-    "attention": ("attended", "log_sum"),
-    "projections": ("attended", "log_sum", "projected"),
-    "gate": ("attended", "log_sum", "gate"),
-    "mlp": ("attended", "log_sum", "gate", "up"),
-    "products": ("attended", "log_sum", "projected", "gate", "up"),
+    "attention": ("attn_out", "log_sum"),
+    "projections": ("attn_out", "log_sum", "projected"),
+    "gate": ("attn_out", "log_sum", "gate"),
+    "mlp": ("attn_out", "log_sum", "gate", "up"),
+    "products": ("attn_out", "log_sum", "projected", "gate", "up"),
 }
-REMAT_POLICIES = (*KEPT, "none")
+REMAT_POLICIES = (*SAVED_NAMES, "none")
 
 
 class Mlp(nnx.Module):
@@ -81,78 +76,22 @@ def stack(c: ModelConfig, rngs: nnx.Rngs, size: int) -> Block:
 def run(
     blocks: Block, x_btd: jax.Array, body: Callable, carry: Any = None, remat: str = "none"
 ) -> tuple[jax.Array, Any, Any]:
-    """Scans `body` over a stack.
+    """Runs `body` for each block of a stack; see `layer_stack.run_layers`.
 
     Args:
       blocks: from `stack`.
       x_btd: [B, T, D].
-      body: (block, layer, x_btd, carry) -> x_btd, carry, output.
+      body: (block, layer index, x_btd, carry) -> x_btd, carry, output.
       carry: what blocks hand on besides x, such as a cache that is written in place.
       remat: a name in REMAT_POLICIES.
-
-    Arrays of `blocks` and `carry` may be `Apart`, all or none. Then a layer's `body` gets its own
-    part of the carry, and 0 for its number in there.
 
     Returns:
       x_btd, the last carry, and the outputs stacked on a leading layer axis.
     """
-    if isinstance(blocks.mlp_norm[...], Apart):
-        return _run_apart(blocks, x_btd, body, carry)
 
-    def step(state, block_and_layer):
-        x_btd, carry, output = body(*block_and_layer, *state)
-        return (x_btd, carry), output
+    def checkpoint(step: Callable) -> Callable:
+        policy = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES[remat])
+        return jax.checkpoint(step, policy=policy, prevent_cse=False)
 
-    if remat != "none":
-        policy = jax.checkpoint_policies.save_only_these_names(*KEPT[remat])
-        step = jax.checkpoint(step, policy=policy, prevent_cse=False)
-    layer_index = jax.numpy.arange(blocks.mlp_norm.shape[0])
-    (x_btd, carry), outputs = jax.lax.scan(step, (x_btd, carry), (blocks, layer_index))
-    return x_btd, carry, outputs
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Apart:
-    """A stack of layers as one array each.
-
-    A CPU computes with an array where it lies, but first copies a layer out of a stack, which takes
-    longer than a decoded token's products with it.
-    """
-
-    layers: tuple[Any, ...]
-
-    def __getitem__(self, index) -> Any:
-        return self if index is Ellipsis else self.layers[index]
-
-
-def apart(stack: Any) -> Any:
-    """The same tree with each array's layers `Apart`. On one CPU device nothing is copied."""
-
-    def split(array):
-        parts = np.asarray(array)
-        sharding = NamedSharding(array.sharding.mesh, P(*array.sharding.spec[1:]))
-        return [jax.device_put(part, sharding) for part in parts]
-
-    def convert(leaf):
-        leaves, structure = jax.tree.flatten(leaf)
-        return Apart(tuple(map(structure.unflatten, zip(*map(split, leaves), strict=True))))
-
-    return jax.tree.map(convert, stack, is_leaf=lambda leaf: isinstance(leaf, Int8Matrix))
-
-
-def _run_apart(blocks: Block, x_btd: jax.Array, body: Callable, carry: Any):
-    def is_apart(leaf):
-        return isinstance(leaf, Apart)
-
-    carries, outputs = [], []
-    for number in range(len(blocks.mlp_norm[...].layers)):
-        block, own = (
-            jax.tree.map(lambda leaf: leaf.layers[number], tree, is_leaf=is_apart)  # noqa: B023
-            for tree in (blocks, carry)
-        )
-        x_btd, own, output = body(block, 0, x_btd, own)
-        carries.append(own)
-        outputs.append(output)
-    together = jax.tree.map(lambda *layers: Apart(layers), *carries)
-    return x_btd, together, jax.tree.map(lambda *layers: jax.numpy.stack(layers), *outputs)
+    wrap = {} if remat == "none" else {"wrap": checkpoint}
+    return layer_stack.run_layers(blocks, x_btd, body, carry, **wrap)

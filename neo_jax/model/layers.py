@@ -14,18 +14,19 @@ from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
+from neo_jax.collectives import all_gather_fsdp
 from neo_jax.model import lora
 from neo_jax.model.int8 import Int8Matrix
-from neo_jax.model.lora import Adapted
-from neo_jax.sharding import gather, gathered, stored
+from neo_jax.model.lora import LoraMatrix
+from neo_jax.sharding import partition_spec, without_fsdp
 
-Weight = jax.Array | Int8Matrix | Adapted
+Weight = jax.Array | Int8Matrix | LoraMatrix
 
 
 def matrix(rngs: nnx.Rngs, shape: tuple[int, ...], *names: str | None) -> nnx.Param:
     """A parameter drawn from N(0, 0.02), split over the mesh by its dimensions' names."""
     return nnx.Param(
-        jax.nn.initializers.normal(0.02)(rngs.params(), shape), out_sharding=stored(*names)
+        jax.nn.initializers.normal(0.02)(rngs.params(), shape), out_sharding=partition_spec(*names)
     )
 
 
@@ -33,7 +34,7 @@ def uniform(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, *names: str | N
     """A parameter drawn from U(+-1/sqrt(fan_in)), as convolutions start."""
     bound = fan_in**-0.5
     value = jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
-    return nnx.Param(value, out_sharding=stored(*names))
+    return nnx.Param(value, out_sharding=partition_spec(*names))
 
 
 def ones(size: int) -> nnx.Param:
@@ -41,7 +42,7 @@ def ones(size: int) -> nnx.Param:
     return nnx.Param(jnp.ones(size), out_sharding=P(None))
 
 
-def whole(weight: nnx.Param | Weight, dtype: str) -> Weight:
+def all_gather_params(weight: nnx.Param | Weight, dtype: str) -> Weight:
     """A weight ready to compute with: cast, then gathered over `fsdp`, so half the bytes move.
 
     An int8 matrix is gathered as it is.
@@ -49,12 +50,15 @@ def whole(weight: nnx.Param | Weight, dtype: str) -> Weight:
     partition = weight.get_metadata("out_sharding") if isinstance(weight, nnx.Param) else P()
     weight = weight[...]
     if not isinstance(weight, Int8Matrix):
-        partitions = weight.partitions(partition) if isinstance(weight, Adapted) else partition
+        partitions = weight.partitions(partition) if isinstance(weight, LoraMatrix) else partition
         weight = jax.tree.map(
-            lambda part, partition: gather(part.astype(dtype), partition), weight, partitions
+            lambda part, partition: all_gather_fsdp(part.astype(dtype), partition),
+            weight,
+            partitions,
         )
     return jax.tree.map(
-        lambda part: jax.sharding.reshard(part, gathered(jax.typeof(part).sharding.spec)), weight
+        lambda part: jax.sharding.reshard(part, without_fsdp(jax.typeof(part).sharding.spec)),
+        weight,
     )
 
 
@@ -71,13 +75,13 @@ def einsum(
     Float32 really is float32: TPUs and GPUs would otherwise round the factors first. The scales
     of an int8 weight multiply the product, whose last dimensions are the weight's outputs.
     """
-    weight, scale = whole(weight, x.dtype), None
-    if isinstance(weight, Adapted):
+    weight, scale = all_gather_params(weight, x.dtype), None
+    if isinstance(weight, LoraMatrix):
         return lora.product(equation, x, weight, dtype or x.dtype)
     if isinstance(weight, Int8Matrix):
         letters, kept = equation.split(",")[1].split("->")
-        summed = [axis for axis, letter in enumerate(letters) if letter not in kept]
-        scale = jnp.squeeze(weight.scale, summed)
+        contracted = [axis for axis, letter in enumerate(letters) if letter not in kept]
+        scale = jnp.squeeze(weight.scale, contracted)
         weight = weight.values.astype(x.dtype)
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     product = functools.partial(
@@ -112,7 +116,7 @@ def in_order(array: jax.Array) -> jax.Array:
 
 
 def take_rows(table: jax.Array | Int8Matrix, index: jax.Array, dtype: str) -> jax.Array:
-    """Rows [..., D] of a table as `whole` gives it; only they become floats."""
+    """Rows [..., D] of a table as `all_gather_params` gives it; only they become floats."""
     if index.size == 1 and isinstance(table, Int8Matrix):
         # For a single row the TPU compiler would first copy an int8 table to other tiles.
         return take_rows(table, jnp.stack([index, index]), dtype)[0]

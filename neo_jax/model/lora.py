@@ -1,6 +1,6 @@
 """Low-rank adaptation: a frozen matrix and two small factors that are trained.
 
-`Adapted` stands in the parameters where the matrix would (as `Int8Matrix` does); a layer's product
+`LoraMatrix` stands in the parameters where the matrix would, as `Int8Matrix` does; a product
 with it (`layers.einsum`) is x matrix + scale * (x a) b. For a matrix [in..., out...], `a` is
 [in..., r] and `b` is [r, out...]; `b` starts at zero, so training starts from the matrix itself.
 """
@@ -22,7 +22,7 @@ from neo_jax.model.int8 import SUMMED
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Adapted:
+class LoraMatrix:
     """matrix + scale * a b, or a stack of them."""
 
     matrix: jax.Array
@@ -34,17 +34,17 @@ class Adapted:
     def shape(self) -> tuple[int, ...]:
         return self.matrix.shape
 
-    def __getitem__(self, index) -> "Adapted":
+    def __getitem__(self, index) -> "LoraMatrix":
         return self if index is Ellipsis else jax.tree.map(lambda part: part[index], self)
 
-    def partitions(self, partition: P) -> "Adapted":
+    def partitions(self, partition: P) -> "LoraMatrix":
         """Those of one layer's parts, for a matrix that is split so."""
         outputs = self.a.ndim - 1  # where they begin
         a, b = P(*partition[:outputs], None), P(None, *partition[outputs:])
         return dataclasses.replace(self, matrix=partition, a=a, b=b)
 
 
-def product(equation: str, x: jax.Array, weight: Adapted, dtype: str) -> jax.Array:
+def product(equation: str, x: jax.Array, weight: LoraMatrix, dtype: str) -> jax.Array:
     """x matrix + scale * (x a) b in `dtype`, where `equation` is of x and the matrix.
 
     Args:
@@ -114,26 +114,26 @@ def new_factors(params: dict, paths: Sequence[str], rank: int, key: jax.Array) -
     return traverse_util.unflatten_dict(found, sep="/")
 
 
-def adapted(factors: dict, params: dict, scale: float) -> dict:
-    """The parameters with an `Adapted` wherever there are factors."""
+def with_lora(factors: dict, params: dict, scale: float) -> dict:
+    """The parameters with an `LoraMatrix` wherever there are factors."""
     flat = traverse_util.flatten_dict(params, sep="/")
     pairs = traverse_util.flatten_dict(factors, sep="/")
     for path in {path.rpartition("/")[0] for path in pairs}:
-        flat[path] = Adapted(flat[path], pairs[f"{path}/a"], pairs[f"{path}/b"], scale)
+        flat[path] = LoraMatrix(flat[path], pairs[f"{path}/a"], pairs[f"{path}/b"], scale)
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def merged(factors: dict, params: dict, scale: float) -> dict:
+def merge_lora(factors: dict, params: dict, scale: float) -> dict:
     """The parameters with the factors worked in. Call it inside jit."""
-    is_adapted = lambda leaf: isinstance(leaf, Adapted)  # noqa: E731
+    is_lora = lambda leaf: isinstance(leaf, LoraMatrix)  # noqa: E731
     return jax.tree.map(
-        lambda leaf: jax.vmap(_worked_in)(leaf) if is_adapted(leaf) else leaf,
-        adapted(factors, params, scale),
-        is_leaf=is_adapted,
+        lambda leaf: jax.vmap(_merge_layer)(leaf) if is_lora(leaf) else leaf,
+        with_lora(factors, params, scale),
+        is_leaf=is_lora,
     )
 
 
-def _worked_in(layer: Adapted) -> jax.Array:
+def _merge_layer(layer: LoraMatrix) -> jax.Array:
     """matrix + scale * a b, summed in float32; in the matrix's type, and split as it is."""
     change = jnp.tensordot(
         layer.a.astype(jnp.float32),

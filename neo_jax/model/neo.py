@@ -14,24 +14,23 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from neo_jax.batch import Batch
-from neo_jax.config import ModelConfig
+from neo_jax.collectives import all_gather_sequence, local_sequence
 from neo_jax.errors import InputError
 from neo_jax.kernels.decode_attention import decode_attention
-from neo_jax.kernels.interval_attention import block_visits, interval_attention
+from neo_jax.kernels.interval_attention import interval_attention, make_block_list
 from neo_jax.kernels.intervals import intervals
-from neo_jax.model import cache as kv
 from neo_jax.model import decoder, layers
+from neo_jax.model import kv_cache as kv
 from neo_jax.model.attention import SCALE
 from neo_jax.model.patch_embed import PatchEmbed
 from neo_jax.model.prefill import attend_rows, attend_slots
 from neo_jax.model.rope import thw_rotary
+from neo_jax.model_config import ModelConfig
 from neo_jax.sharding import (
     AXES,
     describe,
     make_mesh,
-    own_columns,
     spec,
-    whole_rows,
 )
 
 
@@ -66,7 +65,7 @@ class Neo(nnx.Module):
         layers_lbtd = jnp.concatenate(list(outputs.values()))
         return self.inputs(batch), layers_lbtd, self.normed(x_btd)
 
-    def extend(
+    def prefill(
         self, batch: Batch, cache: kv.Cache, where: Mapping[str, jax.Array], is_fresh: bool
     ) -> tuple[jax.Array, kv.Cache]:
         """Prefill: writes rows of tokens into slots of the cache.
@@ -155,17 +154,17 @@ class Neo(nnx.Module):
     def trunk(self, batch: Batch, emit, remat: str = "none", attention: str = "auto"):
         """Runs all layers; returns x [B, L, D] and what `emit(x)` gives, per stack."""
         c = self.cfg
-        thw_bt3, segments_bt = batch["thw"], whole_rows(batch["segments"])
-        bounds = map(own_columns, intervals(whole_rows(thw_bt3[..., 0]), segments_bt))
+        thw_bt3, segments_bt = batch["thw"], all_gather_sequence(batch["segments"])
+        bounds = map(local_sequence, intervals(all_gather_sequence(thw_bt3[..., 0]), segments_bt))
         start_bt, end_bt = bounds
         widths, itemsize = (c.qk_width, c.head_dim), jnp.dtype(c.dtype).itemsize
-        visits = block_visits(start_bt, end_bt, segments_bt.shape[1], widths, itemsize)
+        block_list = make_block_list(start_bt, end_bt, segments_bt.shape[1], widths, itemsize)
         rotary = thw_rotary(thw_bt3, c.t_width, c.hw_width, c.rope_theta, c.rope_theta_hw)
 
         def attend(q_btnj, k_btkj, v_btkh):
-            keys, values = whole_rows(k_btkj), whole_rows(v_btkh)
+            keys, values = all_gather_sequence(k_btkj), all_gather_sequence(v_btkh)
             z_btnh = interval_attention(
-                q_btnj, keys, values, start_bt, end_bt, SCALE, visits, attention
+                q_btnj, keys, values, start_bt, end_bt, SCALE, block_list, attention
             )
             return z_btnh, None
 
@@ -184,8 +183,8 @@ class Neo(nnx.Module):
         if batch["patches"].shape[1] == 0:
             return x_btd
         with jax.named_scope("patch_embed"):
-            z_bmd = whole_rows(self.patch_embed(batch["patches"], batch["patch_hw"]))
-        index_bt = own_columns(jnp.cumsum(whole_rows(batch["is_image"]), axis=1)) - 1
+            z_bmd = all_gather_sequence(self.patch_embed(batch["patches"], batch["patch_hw"]))
+        index_bt = local_sequence(jnp.cumsum(all_gather_sequence(batch["is_image"]), axis=1)) - 1
         visual_btd = jax.vmap(lambda z_md, index_t: z_md.at[index_t].get(mode="clip"))(
             z_bmd, index_bt
         )
@@ -223,7 +222,7 @@ class Neo(nnx.Module):
             out_specs=spec("batch", None, None),
             check_vma=False,
         )
-        return lookup(layers.whole(self.embed, self.cfg.dtype), tokens_bt)
+        return lookup(layers.all_gather_params(self.embed, self.cfg.dtype), tokens_bt)
 
 
 def _nothing(x_btd):
@@ -246,7 +245,7 @@ def bind(c: ModelConfig, params: dict) -> Neo:
 
 @functools.cache
 def _graphdef(c: ModelConfig, mesh: AbstractMesh) -> nnx.GraphDef:
-    # Modules name all axes of the mesh, which `on_each_device` would not let them.
+    # Modules name all axes of the mesh, which `shard_map_over_data` would not let them.
     kinds = (AxisType.Explicit,) * len(mesh.axis_names)
     mesh = AbstractMesh(mesh.axis_sizes, mesh.axis_names, axis_types=kinds)
     with jax.sharding.use_abstract_mesh(mesh):

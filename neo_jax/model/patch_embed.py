@@ -9,9 +9,9 @@ import numpy as np
 from flax import nnx
 
 from neo_jax.batch import IMAGE_MEAN, IMAGE_STD
-from neo_jax.config import PATCH_CHANNELS, ModelConfig
 from neo_jax.model import layers
 from neo_jax.model.rope import patch_rotary
+from neo_jax.model_config import PATCH_CHANNELS, ModelConfig
 from neo_jax.sharding import spec
 
 

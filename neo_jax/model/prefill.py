@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from neo_jax.kernels.interval_attention import interval_attention
-from neo_jax.model import cache as kv
+from neo_jax.model import kv_cache as kv
 from neo_jax.sharding import AXES, spec
 
 _HEADS, _ROWS = spec("batch", None, "heads", None), spec("batch", None)

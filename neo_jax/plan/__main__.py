@@ -1,4 +1,4 @@
-"""What would a run need on TPUs that are not here? Compiles it for them and says.
+"""Plans a run on TPUs that you have not rented: compiles it for them on this machine.
 
 Memory of a device, work, collectives, a bound of the time of a step and what it is bound by, from
 the program that the TPU compiler makes on this machine. Plans are kept and made again in seconds.
@@ -12,51 +12,40 @@ import sys
 
 import jax
 
+from neo_jax.command_line import make_parser, positive_int
+from neo_jax.configs.find import find_config, on_pod
 from neo_jax.errors import InputError
 from neo_jax.model.decoder import REMAT_POLICIES
-from neo_jax.plan import pods, report, search
+from neo_jax.plan import plan_report, pods_table, search
 from neo_jax.plan.figure import draw, require_drawing
 from neo_jax.plan.packing import CAUSAL, MIXES
 from neo_jax.plan.serving import plan_serving
 from neo_jax.plan.topology import PODS, find_topology, parse_sizes
 from neo_jax.plan.training import model_of, plan_training
 from neo_jax.sharding import batch_rows
-from neo_jax.train import config_file
-from neo_jax.train.config import Config, override
+from neo_jax.train.train_config import Config, override
 
 EXAMPLES = """examples:
-  python -m neo_jax.plan configs/neo_ov_2b_sft.py --topology v5e:16x16 --tokens-per-chip 8192
-  python -m neo_jax.plan configs/neo_ov_9b_sft.py --pod v5e-256 --png plan.png
-  python -m neo_jax.plan configs/neo_ov_2b_sft.py --topology v6e-16 --search
-  python -m neo_jax.plan configs/neo_ov_2b_sft.py --topology v5e:2x2 --mesh 1x1x4 --serve --slots 32
-  python -m neo_jax.plan --pods docs/pods.md
+  %(prog)s configs/neo_ov_2b_sft.py --topology v5e:16x16 --tokens-per-chip 8192
+  %(prog)s configs/neo_ov_9b_sft.py --pod v5e-256 --png plan.png
+  %(prog)s configs/neo_ov_2b_sft.py --topology v6e-16 --search
+  %(prog)s configs/neo_ov_2b_sft.py --topology v5e:2x2 --mesh 1x1x4 --serve --slots 32
+  %(prog)s --pods docs/pods.md
 """
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
+def main(argv: list[str] | None = None, prog: str = "python -m neo_jax.plan") -> int:
+    args = parse(argv, prog)
     # Arrays are abstract; whatever accelerator is here is left alone.
     jax.config.update("jax_platforms", "cpu")
     try:
         return run(args)
-    except InputError as error:
-        print(f"neo_jax.plan: {error}", file=sys.stderr)
-        return 2
     except OSError as error:
-        print(f"neo_jax.plan: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("neo_jax.plan: interrupted; what was compiled is kept", file=sys.stderr)
-        return 130
+        raise InputError(f"{error.filename}: {error.strerror}") from error
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m neo_jax.plan",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
+    parser = make_parser(prog, __doc__, EXAMPLES)
     add = parser.add_argument
     add("config", nargs="?", help="as for train.py: a file with get_config() -> Config")
     add("settings", nargs="*", help="as for train.py, such as optim.state_dtype=bfloat16")
@@ -64,20 +53,27 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--pod", metavar="P", help="a slice and what configs/pods.py has for it")
     add("--mesh", metavar="DxFxT", help="data x fsdp x tensor[ x context]; default: the config's")
     add("--remat", choices=REMAT_POLICIES)
-    add("--micro-batches", type=positive, metavar="N")
-    add("--length", type=positive, metavar="N", help="tokens of a row")
-    add("--rows", type=positive, metavar="N", help="of a step")
-    add("--tokens-per-chip", type=positive, metavar="N", help="chooses rows, and length if need be")
+    add("--micro-batches", type=positive_int, metavar="N")
+    add("--length", type=positive_int, metavar="N", help="tokens of a row")
+    add("--rows", type=positive_int, metavar="N", help="of a step")
+    add(
+        "--tokens-per-chip",
+        type=positive_int,
+        metavar="N",
+        help="chooses rows, and length if need be",
+    )
     mixes = [*MIXES, CAUSAL]
     add("--packing", default="sft", choices=mixes, help="kind of data; default sft")
     add("--option", action="append", default=[], metavar="NAME=VALUE", help="of the TPU compiler")
     add("--no-flags", action="store_true", help="leave out the chip's own flags: compiles faster")
     add("--search", action="store_true", help="try meshes, remat and micro-batches; rank them")
-    add("--most", type=positive, default=12, metavar="N", help="programs that a search compiles")
+    add(
+        "--most", type=positive_int, default=12, metavar="N", help="programs that a search compiles"
+    )
     add("--serve", action="store_true", help="plan prefill and decode instead of training")
-    add("--slots", type=positive, default=8, metavar="N", help="requests that run at once")
-    add("--max-length", type=positive, default=4096, metavar="N", help="tokens of a slot")
-    add("--prefill", type=positive, default=2048, metavar="N", help="tokens of a prefill")
+    add("--slots", type=positive_int, default=8, metavar="N", help="requests that run at once")
+    add("--max-length", type=positive_int, default=4096, metavar="N", help="tokens of a slot")
+    add("--prefill", type=positive_int, default=2048, metavar="N", help="tokens of a prefill")
     add("--kv-dtype", default="bfloat16", choices=["bfloat16", "float32", "int8"])
     add("--weights", choices=["int8"], help="of the large matrices; default: bfloat16")
     add("--pods", metavar="MD", help="make the rows of the table in configs/pods.py, one by one")
@@ -88,22 +84,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError(text)
-    return int(text)
-
-
 def run(args: argparse.Namespace) -> int:
     check(args)
     if args.pods:
-        return pods.write_table(
+        return pods_table.write_table(
             args.pods, args.only, with_flags=not args.no_flags, anew=args.no_cache
         )
-    module = config_file.load(args.config)
+    module = find_config(args.config)
     config = module.get_config()
     if args.pod:
-        config = config_file.on_pod(config, args.config, args.pod)
+        config = on_pod(config, args.config, args.pod)
     config = override(config, args.settings)
     topology = args.topology or args.pod
     config = requested(config, args, topology)
@@ -139,7 +129,11 @@ def run(args: argparse.Namespace) -> int:
         )
         plans = [plan]
     if args.json != "-":
-        print(report.ranking(plans) if args.search else "\n\n".join(map(report.table, plans)))
+        print(
+            plan_report.ranking(plans)
+            if args.search
+            else "\n\n".join(map(plan_report.table, plans))
+        )
     write(args, plans)
     if args.search:
         return 1 if all(plan.problem for plan in plans) else 0

@@ -4,10 +4,10 @@ from collections.abc import Iterable, Sequence
 
 from jax.sharding import Mesh
 
-from neo_jax.config import ModelConfig
+from neo_jax.model_config import ModelConfig
 from neo_jax.plan import hlo, timeline
 from neo_jax.plan.chips import Chip
-from neo_jax.plan.collectives import Collective, Network
+from neo_jax.plan.network import Collective, Network
 from neo_jax.plan.packing import Row
 from neo_jax.plan.result import Times, Traffic
 from neo_jax.plan.timeline import Kernels, Totals

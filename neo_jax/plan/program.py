@@ -12,13 +12,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from neo_jax.batch import PARTITIONS, RANK
-from neo_jax.config import PATCH_CHANNELS, ModelConfig
 from neo_jax.errors import InputError
 from neo_jax.model.neo import abstract_params
+from neo_jax.model_config import PATCH_CHANNELS, ModelConfig
 from neo_jax.plan.topology import standard_error
-from neo_jax.train import rules
-from neo_jax.train.config import Config
+from neo_jax.train import trainable
 from neo_jax.train.step import first_state, join_of, make_step
+from neo_jax.train.train_config import Config
 
 _REMATERIALIZED = "Involuntary full rematerialization"
 # "... exceeds available HBM (15.75G)", "Used 20.94G of 15.75G hbm": as compilers have said it.
@@ -136,7 +136,7 @@ def training_state(c: Config, model: ModelConfig, mesh: Mesh) -> dict:
       InputError: when the mesh does not divide the parameters.
     """
     params = abstract_params(model, mesh)
-    paths = rules.matching(params, c.lora.targets if c.lora.rank else c.trained)
+    paths = trainable.matching(params, c.lora.targets if c.lora.rank else c.trained)
 
     made = jax.eval_shape(lambda params: first_state(c, model, params, paths), params)
     return place(made, mesh)

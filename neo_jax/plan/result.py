@@ -1,4 +1,4 @@
-"""What a plan says: frozen dataclasses, which become JSON, a table or a figure in `report.py`."""
+"""A plan's figures: frozen dataclasses, which become JSON, a table or a figure (`plan_report.py`)."""
 
 import dataclasses
 from typing import Any

@@ -19,16 +19,16 @@ import jax
 import tqdm
 from jax.sharding import Mesh
 
-from neo_jax.config import ModelConfig
 from neo_jax.errors import InputError
-from neo_jax.model.decoder import KEPT, REMAT_POLICIES
-from neo_jax.plan.cache import MINUTES
+from neo_jax.model.decoder import REMAT_POLICIES, SAVED_NAMES
+from neo_jax.model_config import ModelConfig
+from neo_jax.plan.compile_cache import MINUTES
 from neo_jax.plan.program import device_bytes, training_batch, training_state
 from neo_jax.plan.result import GIB, MemoryUse, Plan, from_json
 from neo_jax.plan.topology import find_topology
 from neo_jax.plan.training import tensor_size
 from neo_jax.sharding import describe
-from neo_jax.train.config import Config
+from neo_jax.train.train_config import Config
 
 
 def search(args: argparse.Namespace, c: Config, model: ModelConfig, topology: str) -> list[Plan]:
@@ -113,7 +113,7 @@ def _kept_bytes(c: Config, model: ModelConfig, mesh: Mesh) -> int:
     """Of what the backward pass keeps of every layer: no program has less."""
     heads, key_heads = model.num_attention_heads, model.num_key_value_heads
     widths = {
-        "attended": 2 * heads * model.head_dim,
+        "attn_out": 2 * heads * model.head_dim,
         "log_sum": 4 * heads,
         "projected": 2 * (heads + key_heads) * model.qk_width + 2 * key_heads * model.head_dim,
         "gate": 2 * model.intermediate_size,
@@ -122,7 +122,7 @@ def _kept_bytes(c: Config, model: ModelConfig, mesh: Mesh) -> int:
     tokens = c.data.rows * c.data.length / mesh.size / c.micro_batches
     # Devices that share heads have the whole residual stream each.
     of_token = 2 * model.hidden_size * tensor_size(mesh)
-    of_token += sum(widths[name] for name in KEPT.get(c.remat, widths))
+    of_token += sum(widths[name] for name in SAVED_NAMES.get(c.remat, widths))
     return int(tokens * of_token * model.num_layers)
 
 

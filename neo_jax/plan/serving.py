@@ -8,14 +8,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from neo_jax.batch import RANK
-from neo_jax.config import PATCH_CHANNELS, ModelConfig
 from neo_jax.errors import InputError
-from neo_jax.infer import programs, sampling, shapes
-from neo_jax.model.cache import STACKS
+from neo_jax.infer import buckets, programs, sampling
+from neo_jax.model.kv_cache import STACKS
 from neo_jax.model.prefill import key_sizes
-from neo_jax.plan import cache, costs, hlo
-from neo_jax.plan.attention import attention
-from neo_jax.plan.collectives import everything
+from neo_jax.model_config import PATCH_CHANNELS, ModelConfig
+from neo_jax.plan import compile_cache, costs, hlo
+from neo_jax.plan.attention_cycles import attention
+from neo_jax.plan.network import everything
 from neo_jax.plan.program import Compiled, device_bytes, place
 from neo_jax.plan.result import GIB, MemoryUse, Plan
 from neo_jax.plan.topology import Topology, find_topology
@@ -84,8 +84,9 @@ class _Serving:
         request = settings | {"program": program, "options": options, "mesh": dict(self.mesh.shape)}
         request |= {"model": dataclasses.asdict(self.model), "topology": self.slice_.name}
         with jax.set_mesh(self.mesh):
-            params, state = self._params(), self._state()
-            made, is_cached = cache.compiled_once(
+            params = self._params()
+            state = self._state(params)
+            made, is_cached = compile_cache.compiled_once(
                 request,
                 lambda: self._lower(program, params, state),
                 options,
@@ -115,22 +116,24 @@ class _Serving:
     def _params(self) -> dict:
         return param_target(self.model, self.mesh, "bfloat16", self.weights)
 
-    def _state(self) -> dict:
-        def new():
-            return programs.new_state(self.model, self.slots, self.max_length, self.kv_dtype)
+    def _state(self, params: dict) -> dict:
+        def new(params):
+            return programs.new_state(
+                self.model, params, self.slots, self.max_length, self.kv_dtype
+            )
 
-        return place(jax.eval_shape(new), self.mesh)
+        return place(jax.eval_shape(new, params), self.mesh)
 
     def _lower(self, program: str, params: dict, state: dict) -> jax.stages.Lowered:
         if program == "decode":
             return programs.decode.lower(
                 self.model, params, state, self._rows((self.slots,), jnp.bool_)
             )
-        return programs.extend.lower(self.model, params, state, self._prompt_rows(), True)
+        return programs.prefill.lower(self.model, params, state, self._prompt_rows(), True)
 
     def _prompt_rows(self) -> dict:
         rows = self.chunk_rows * batch_rows(self.mesh)
-        integers, tokens = jnp.int32, shapes.ROW
+        integers, tokens = jnp.int32, buckets.ROW
         wanted = {
             "tokens": ((tokens,), integers),
             "segments": ((tokens,), integers),
@@ -159,7 +162,7 @@ class _Serving:
 
     @property
     def chunk_rows(self) -> int:
-        return shapes.chunk_for(shapes.rows_for(self.prefill), True).rows
+        return buckets.bucket_for(buckets.rows_for(self.prefill), True).rows
 
     def _memory(self, made: Compiled, params: dict, state: dict) -> MemoryUse:
         kept = {name: state[name] for name in STACKS if name in state}
@@ -219,11 +222,11 @@ class _Serving:
 
     def _shares_of_sizes(self, one: hlo.Instruction) -> list[float] | None:
         """How many rows of one prompt need which number of keys; padding takes the fewest."""
-        sizes = key_sizes(self.chunk_rows, shapes.ROW)
+        sizes = key_sizes(self.chunk_rows, buckets.ROW)
         # Of two branches, as other conditionals have, programs do not keep the order.
         if "/attention/" not in one.op_name or len(branches(one)) != len(sizes) or len(sizes) < 3:
             return None
-        needed = [shapes.ROW * (row + 1) for row in range(shapes.rows_for(self.prefill))]
+        needed = [buckets.ROW * (row + 1) for row in range(buckets.rows_for(self.prefill))]
         taken = [bisect.bisect_left(sizes, keys) for keys in needed]
         taken += [0] * (self.chunk_rows - len(taken))
         return [taken.count(size) / self.chunk_rows for size in range(len(sizes))]

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from neo_jax.plan import collectives as net
+from neo_jax.plan import network as net
 from neo_jax.plan import work
 from neo_jax.plan.hlo import Computation, Instruction, Module
 

@@ -7,10 +7,10 @@ from types import ModuleType
 import jax
 from jax.sharding import Mesh
 
-from neo_jax.config import ModelConfig
 from neo_jax.errors import InputError
-from neo_jax.plan import cache, costs
-from neo_jax.plan.attention import attention
+from neo_jax.model_config import ModelConfig
+from neo_jax.plan import compile_cache, costs
+from neo_jax.plan.attention_cycles import attention
 from neo_jax.plan.packing import packed
 from neo_jax.plan.program import (
     Compiled,
@@ -21,7 +21,7 @@ from neo_jax.plan.program import (
 from neo_jax.plan.result import GIB, MemoryUse, Plan
 from neo_jax.plan.topology import Topology, find_topology
 from neo_jax.sharding import describe
-from neo_jax.train.config import Config
+from neo_jax.train.train_config import Config
 from neo_jax.weights.checkpoint import find_checkpoint
 from neo_jax.weights.published import open_published
 
@@ -69,7 +69,7 @@ def plan_training(
     rows = packed(packing, config.data.length, SAMPLED_ROWS)
     all_options = slice_.chip.options(with_flags) | (options or {})
     request = _request(config, model, slice_, mesh, all_options)
-    program, is_cached = cache.compiled_once(
+    program, is_cached = compile_cache.compiled_once(
         request, lambda: lower_training(config, model, mesh), all_options, use_cache=use_cache
     )
     plan = Plan(

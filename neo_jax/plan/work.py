@@ -5,9 +5,9 @@ import re
 
 import numpy as np
 
-from neo_jax.plan.collectives import everything
 from neo_jax.plan.hlo import Array, Computation, Instruction, Module
-from neo_jax.plan.kernels import read_bytes
+from neo_jax.plan.kernel_costs import read_bytes
+from neo_jax.plan.network import everything
 
 # Instructions that only name values, or say how they are laid out.
 FREE = {

@@ -21,20 +21,20 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from neo_jax.batch import micro_batches
-from neo_jax.config import ModelConfig
 from neo_jax.data.mixture import Mixture
 from neo_jax.data.pipeline import TOO_LONG, batches, explain
 from neo_jax.data.tokenizer import NeoTokenizer
 from neo_jax.errors import InputError
 from neo_jax.model import lora
+from neo_jax.model_config import ModelConfig
 from neo_jax.sharding import data_shard, describe
-from neo_jax.train import rules
-from neo_jax.train.checkpoint import Checkpoints
-from neo_jax.train.config import Config
+from neo_jax.train import trainable
+from neo_jax.train.checkpoint_manager import Checkpoints
+from neo_jax.train.initialize import run_folder, run_mesh, starting_point, write_run
 from neo_jax.train.metrics import Metrics, append_line
 from neo_jax.train.progress import Progress
-from neo_jax.train.start import run_folder, run_mesh, starting_point, write_run
 from neo_jax.train.step import State, first_state, join_of, make_evaluation, make_step
+from neo_jax.train.train_config import Config
 
 MOST_EXPLAINED = 1000  # records that could not be used, of which the reason is written down
 LEAST_SEEN = 100  # records before their bad share is looked at
@@ -52,7 +52,7 @@ class Finished:
     is_stopped: bool  # by SIGTERM, before its last step; start it again to go on
 
 
-def train(c: Config, say: Callable[[str], None] = tqdm.tqdm.write) -> Finished:
+def train(c: Config, log: Callable[[str], None] = tqdm.tqdm.write) -> Finished:
     """Runs, or goes on with, the training that `c` describes.
 
     Raises:
@@ -61,7 +61,7 @@ def train(c: Config, say: Callable[[str], None] = tqdm.tqdm.write) -> Finished:
     if not c.workdir:
         raise InputError("workdir: name a folder for the run, workdir=runs/mine")
     if jax.process_index():  # one voice is enough
-        say = _say_nothing
+        log = _log_nothing
     workdir, mesh = run_folder(c.workdir), run_mesh(c.mesh)
     c.check_mesh(mesh)
     if c.attention == "pallas" and mesh.devices.flat[0].platform != "tpu":
@@ -69,9 +69,9 @@ def train(c: Config, say: Callable[[str], None] = tqdm.tqdm.write) -> Finished:
     mixture = Mixture.parse(c.data.mixture)
     held_out = Mixture.parse(c.held_out) if c.held_out else None
     model, tokenizer, params = starting_point(c, mesh)
-    paths = rules.matching(params, c.lora.targets if c.lora.rank else c.trained)
+    paths = trainable.matching(params, c.lora.targets if c.lora.rank else c.trained)
     write_run(c, model, tokenizer, mixture.fingerprint(), paths)
-    run = _Run(c, model, tokenizer, mesh, mixture, held_out, workdir, say)
+    run = _Run(c, model, tokenizer, mesh, mixture, held_out, workdir, log)
     with jax.set_mesh(mesh), _Terminated() as terminated:
         make = jax.jit(first_state, static_argnums=(0, 1, 3), donate_argnums=2)
         state = make(c, model, params, tuple(paths))
@@ -84,9 +84,9 @@ def train(c: Config, say: Callable[[str], None] = tqdm.tqdm.write) -> Finished:
 class _Run:
     """What stays the same through a run."""
 
-    def __init__(self, c: Config, model, tokenizer, mesh, mixture, held_out, workdir, say):
+    def __init__(self, c: Config, model, tokenizer, mesh, mixture, held_out, workdir, log):
         self.c, self.model, self.tokenizer, self.mesh = c, model, tokenizer, mesh
-        self.mixture, self.held_out, self.workdir, self.say = mixture, held_out, workdir, say
+        self.mixture, self.held_out, self.workdir, self.log = mixture, held_out, workdir, log
         self.shard = data_shard(mesh)
         self.counts: Counter = Counter()
         self.join = join_of(c)
@@ -97,10 +97,10 @@ class _Run:
         """The model's parameters as trained: the average, if one is kept."""
         trained = state.get("ema", state["trained"])
         if self.c.lora.rank:
-            return jax.jit(lora.merged, static_argnums=2)(
+            return jax.jit(lora.merge_lora, static_argnums=2)(
                 trained, state["frozen"], self.c.lora.scale
             )
-        return rules.merge(trained, state["frozen"])
+        return trainable.merge(trained, state["frozen"])
 
     def go(self, state: State, checkpoints: Checkpoints, terminated) -> tuple[State, bool]:
         c = self.c
@@ -108,7 +108,7 @@ class _Run:
         if checkpoints.latest is not None:
             state, counts = checkpoints.restore(state, data)
             self.counts.update(counts)
-            self.say(f"going on from step {checkpoints.latest} of {self.workdir}")
+            self.log(f"going on from step {checkpoints.latest} of {self.workdir}")
         first = int(state["step"])
         step_fn = make_step(self.model, c.optim, c.steps, c.remat, self.join, c.attention)
         self._describe(state)
@@ -117,16 +117,16 @@ class _Run:
             tqdm.tqdm(total=c.steps, initial=first, unit="step", disable=None) as bar,
         ):
             progress = Progress(
-                c, self.model, self.mesh, self.mixture, self.counts, metrics, bar, self.say
+                c, self.model, self.mesh, self.mixture, self.counts, metrics, bar, self.log
             )
             for step in range(first, c.steps):
                 stops = terminated(step)
                 if stops or (step > first and step % c.save_every == 0):
-                    progress.look(step)  # so that nothing that is not finite is ever saved
+                    progress.check(step)  # so that nothing that is not finite is ever saved
                     with progress.paused():
                         checkpoints.save(state, data, self.counts)
                 if stops:
-                    self.say(f"asked to stop: saved step {step}; start it again to go on")
+                    self.log(f"asked to stop: saved step {step}; start it again to go on")
                     return state, True
                 self._profile(step)
                 waited = time.perf_counter()
@@ -136,13 +136,13 @@ class _Run:
                 placed = micro_batches(batch, c.micro_batches, self.mesh)
                 with progress.paused() if step == first else contextlib.nullcontext():  # compiles
                     state, numbers = step_fn(state, placed)
-                progress.look(step)
-                progress.later(step, numbers, batch, waited)
+                progress.check(step)
+                progress.report_later(step, numbers, batch, waited)
                 if c.eval_every and (step + 1) % c.eval_every == 0:
-                    progress.look(step + 1)
+                    progress.check(step + 1)
                     with progress.paused():
                         self._evaluate(state, metrics, step + 1)
-            progress.look(c.steps)
+            progress.check(c.steps)
             self._profile(c.steps)
             checkpoints.save(state, data, self.counts)
             if first < c.steps and not (c.eval_every and c.steps % c.eval_every == 0):
@@ -159,7 +159,7 @@ class _Run:
             sum(leaf.size for leaf in jax.tree.leaves(state[which]))
             for which in ("trained", "frozen")
         ]
-        self.say(
+        self.log(
             f"{sizes[0] / 1e6:.2f} M parameters are trained, {sizes[1] / 1e6:.2f} M are frozen; "
             f"{len(self.mixture):,} records; mesh {describe(self.mesh)} of "
             f"{jax.devices()[0].device_kind}"
@@ -187,7 +187,7 @@ class _Run:
     def _write_down(self, number: int, reason: int) -> None:
         why = explain(self.mixture, self.tokenizer, self.c.data.limits(), number)
         if reason != TOO_LONG:
-            self.say(f"left out: {why}")
+            self.log(f"left out: {why}")
         kind = "too long" if reason == TOO_LONG else "bad"
         append_line(self._bad_file, json.dumps({"kind": kind, "why": why}))
 
@@ -202,7 +202,7 @@ class _Run:
             sums += [float(part) for part in self.evaluation(state, batch)]
         loss = float(sums[0] / max(sums[1], 1e-9))
         metrics.write(step, {"held_out_loss": loss})
-        self.say(f"step {step}: held-out loss {loss:.4f}")
+        self.log(f"step {step}: held-out loss {loss:.4f}")
 
     def _profile(self, step: int) -> None:
         first, last = self.c.profile
@@ -212,7 +212,7 @@ class _Run:
         elif self._is_tracing and (step > last or step == self.c.steps):
             jax.profiler.stop_trace()
             self._is_tracing = False
-            self.say(f"steps {first} to {last} are traced in {self.workdir / 'profile'}")
+            self.log(f"steps {first} to {last} are traced in {self.workdir / 'profile'}")
 
 
 class _Terminated:
@@ -243,5 +243,5 @@ class _Terminated:
         return self._is_asked
 
 
-def _say_nothing(message: str) -> None:
-    """Takes the place of `say`."""
+def _log_nothing(message: str) -> None:
+    """Takes the place of `log`."""

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from neo_jax.batch import Batch
-from neo_jax.config import ModelConfig
+from neo_jax.collectives import all_gather_fsdp, reduce_scatter
 from neo_jax.model.neo import bind
-from neo_jax.sharding import AXES, gather, scattered, spec, stored
+from neo_jax.model_config import ModelConfig
+from neo_jax.sharding import AXES, partition_spec, spec
 
 CHUNK = 1024  # tokens whose logits exist at once, on each device
 
@@ -25,8 +26,8 @@ def loss_of(
 ) -> jax.Array:
     """sum(weights * cross-entropy) of a device's part of a batch (`batch.py`); a scalar.
 
-    For `sharding.on_each_device`. Over all devices it is a mean when the weights of the batch, or
-    of all micro-batches together, sum to 1. `remat` and `attention` as in `Neo.features`.
+    For `shard_map_over_data`. Over all devices it is a mean when the weights of the batch, or of
+    all micro-batches together, sum to 1. `remat` and `attention` as in `Neo.features`.
     """
     neo = bind(c, params)
     y_btd = neo.features(batch, remat, attention)
@@ -73,7 +74,7 @@ def _run(y_btd, head_vd, targets_bt, weights_bt, *, with_gradients: bool):
         out_specs=(P(), P(), vocab) if with_gradients else P(),
         check_vma=False,
     )
-    whole_vd = gather(head_vd.astype(y_btd.dtype), stored("vocab", "embed"))
+    whole_vd = all_gather_fsdp(head_vd.astype(y_btd.dtype), partition_spec("vocab", "embed"))
     return run(y_btd, whole_vd, targets_bt, weights_bt)
 
 
@@ -118,4 +119,4 @@ def _on_device(y_btd, head_vd, targets_bt, weights_bt, *, with_gradients: bool):
     if not with_gradients:
         return loss
     dy_btd = dy.reshape(-1, d)[:num_tokens].reshape(y_btd.shape)
-    return loss, dy_btd, scattered(dhead_vd.astype(y_btd.dtype), stored(None, "embed"))
+    return loss, dy_btd, reduce_scatter(dhead_vd.astype(y_btd.dtype), partition_spec(None, "embed"))

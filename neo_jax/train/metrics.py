@@ -8,9 +8,9 @@ import jax
 from etils import epath
 from flax import traverse_util
 
-from neo_jax.config import ModelConfig
 from neo_jax.model.neo import abstract_params
-from neo_jax.train import rules
+from neo_jax.model_config import ModelConfig
+from neo_jax.train import trainable
 
 # Dense bfloat16 products per second of one device, by what `device_kind` starts with.
 PEAK_FLOPS = {
@@ -84,7 +84,7 @@ def flops_per_batch(
       trained: path rules; the weights of what is frozen have no gradients.
     """
     params = abstract_params(c)
-    with_gradients = set(rules.matching(params, trained)) if trained else set()
+    with_gradients = set(trainable.matching(params, trained)) if trained else set()
     head = "embed" if c.tie_word_embeddings else "lm_head"
     products = 3 * keys * c.num_layers * c.num_attention_heads * (c.qk_width + c.head_dim)
     for path, leaf in traverse_util.flatten_dict(params, sep="/").items():

@@ -11,12 +11,12 @@ import numpy as np
 import tqdm
 from jax.sharding import Mesh
 
-from neo_jax.config import ModelConfig
 from neo_jax.data.mixture import Mixture
 from neo_jax.errors import InputError
+from neo_jax.model_config import ModelConfig
 from neo_jax.sharding import data_shard
-from neo_jax.train.config import Config
 from neo_jax.train.metrics import Metrics, flops_per_batch, peak_flops
+from neo_jax.train.train_config import Config
 
 
 class Progress:
@@ -35,17 +35,17 @@ class Progress:
         counts: Mapping[str, int],
         metrics: Metrics,
         bar: tqdm.tqdm,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
     ):
         self._c, self._model, self._mixture, self._counts = c, model, mixture, counts
-        self._metrics, self._bar, self._say = metrics, bar, say
+        self._metrics, self._bar, self._log = metrics, bar, log
         self._share_count = data_shard(mesh)[1]  # processes that feed different records
         self._peak = peak_flops(mesh.size)
         self._waiting: list = []
         self._since, self._steps = time.perf_counter(), 0
         self._sums: Counter = Counter()
 
-    def later(
+    def report_later(
         self,
         step: int,
         numbers: Mapping[str, jax.Array],
@@ -72,7 +72,7 @@ class Progress:
         yield
         self._since += time.perf_counter() - begin
 
-    def look(self, upto: int) -> None:
+    def check(self, upto: int) -> None:
         """Reads the numbers of steps before `upto`.
 
         Raises:
@@ -114,7 +114,7 @@ class Progress:
             flops = flops_per_batch(self._model, *counted, trained)
             numbers["mfu"] = flops * shares / seconds / self._peak
         self._metrics.write(step, numbers)
-        self._say(
+        self._log(
             f"step {step}: loss {numbers['loss']:.4f}, grad norm {numbers['grad_norm']:.3f}, "
             f"lr {numbers['learning_rate']:.2e}, {numbers['tokens_per_second']:,.0f} tokens/s, "
             f"{numbers['images_per_second']:.1f} images/s, fill {numbers['token_fill']:.0%}, "

@@ -14,13 +14,13 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from neo_jax.batch import PARTITIONS, Batch
-from neo_jax.config import ModelConfig
+from neo_jax.collectives import psum_replicated, shard_map_over_data
 from neo_jax.model import lora
-from neo_jax.sharding import on_each_device, summed
-from neo_jax.train import rules
-from neo_jax.train.config import Config
+from neo_jax.model_config import ModelConfig
+from neo_jax.train import trainable
 from neo_jax.train.loss import loss_of
 from neo_jax.train.optimizer import OptimConfig, learning_rate, make_optimizer
+from neo_jax.train.train_config import Config
 
 State = dict
 Metrics = dict[str, jax.Array]
@@ -30,8 +30,8 @@ Join = Callable[[dict, dict], dict]  # trained and frozen to the model's paramet
 def join_of(c: Config) -> Join:
     """What makes one tree of a run's parameters: of two trees of them, or of LoRA's factors."""
     if c.lora.rank:
-        return functools.partial(lora.adapted, scale=c.lora.scale)
-    return rules.merge
+        return functools.partial(lora.with_lora, scale=c.lora.scale)
+    return trainable.merge
 
 
 def first_state(c: Config, model: ModelConfig, params: dict, paths: Sequence[str]) -> State:
@@ -44,7 +44,7 @@ def first_state(c: Config, model: ModelConfig, params: dict, paths: Sequence[str
         key = jax.random.key(c.seed)
         trained, frozen = lora.new_factors(params, paths, c.lora.rank, key), params
     else:
-        trained, frozen = rules.split(params, paths)
+        trained, frozen = trainable.split(params, paths)
     frozen = jax.tree.map(lambda leaf: leaf.astype(model.dtype), frozen)
     return new_state(c.optim, c.steps, trained, frozen)
 
@@ -64,7 +64,7 @@ def make_step(
     o: OptimConfig,
     steps: int,
     remat: str,
-    join: Join = rules.merge,
+    join: Join = trainable.merge,
     attention: str = "auto",
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """The step, jitted; it takes over the state it is given.
@@ -95,18 +95,18 @@ def make_step(
 
 
 def make_evaluation(
-    c: ModelConfig, join: Join = rules.merge, attention: str = "auto"
+    c: ModelConfig, join: Join = trainable.merge, attention: str = "auto"
 ) -> Callable[[State, Batch], tuple[jax.Array, jax.Array]]:
     """Sums of weights * cross-entropy and of weights over a batch of one micro-batch, jitted."""
 
     def evaluate(state: State, batch: Batch) -> tuple[jax.Array, jax.Array]:
         def local(trained, frozen, batch):
             loss = loss_of(c, join(trained, frozen), _first(batch), "none", attention)
-            return summed(loss, P())
+            return psum_replicated(loss, P())
 
         trees = (state.get("ema", state["trained"]), state["frozen"])
         in_specs = (*map(_partitions, trees), PARTITIONS)
-        loss = on_each_device(local, in_specs, P())(*trees, dict(batch))
+        loss = shard_map_over_data(local, in_specs, P())(*trees, dict(batch))
         return loss, jnp.sum(batch["weights"])
 
     return jax.jit(evaluate)
@@ -117,7 +117,7 @@ def loss_and_gradients(
     trained: dict,
     frozen: dict,
     batch: Batch,
-    join: Join = rules.merge,
+    join: Join = trainable.merge,
     remat: str = "none",
     attention: str = "auto",
 ) -> tuple[jax.Array, dict]:
@@ -132,10 +132,10 @@ def loss_and_gradients(
             return loss_of(c, join(trained, frozen), micro_batch, remat, attention)
 
         loss, gradients = _over_micro_batches(jax.value_and_grad(loss_fn), trained, batch)
-        return summed(loss, P()), jax.tree.map(summed, gradients, partitions)
+        return psum_replicated(loss, P()), jax.tree.map(psum_replicated, gradients, partitions)
 
     in_specs = (partitions, _partitions(frozen), PARTITIONS)
-    run = on_each_device(local, in_specs, (P(), partitions))
+    run = shard_map_over_data(local, in_specs, (P(), partitions))
     return run(trained, frozen, dict(batch))
 
 

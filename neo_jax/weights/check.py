@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from neo_jax.config import ModelConfig
 from neo_jax.errors import InputError
+from neo_jax.model_config import ModelConfig
 from neo_jax.weights.tensor_files import Tensor
 
 _BLOCK_BYTES = 128 * 2**20

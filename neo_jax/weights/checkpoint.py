@@ -20,9 +20,9 @@ import numpy as np
 import tensorstore as ts
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from neo_jax.config import ModelConfig
 from neo_jax.errors import InputError
 from neo_jax.model.neo import abstract_params
+from neo_jax.model_config import ModelConfig
 from neo_jax.sharding import MESH_AXES, axis_sizes, make_mesh
 from neo_jax.weights import mapping, orbax_files
 from neo_jax.weights.directory import new_directory, read_json
@@ -93,8 +93,8 @@ def write_checkpoint(
     mesh_shape: tuple[int, int, int] = (1, 1, 1),
     fill: Callable[[Path], None] = lambda directory: None,
     overwrite: bool = False,
-    say: Callable[[str], None] = lambda message: None,
-    wrote: Callable[[int], None] = lambda size: None,
+    log: Callable[[str], None] = lambda message: None,
+    on_bytes_written: Callable[[int], None] = lambda size: None,
 ) -> None:
     """Writes published tensors as our checkpoint, whole or not at all, a few pieces at a time.
 
@@ -106,20 +106,20 @@ def write_checkpoint(
       mesh_shape: arrays are stored in pieces as this mesh splits them.
       fill: puts tokenizer and configuration files into the new directory.
       overwrite: replace what is at `target`.
-      say, wrote: told of an unfinished earlier run, and of the bytes written.
+      log, on_bytes_written: told of an unfinished earlier run, and of the bytes written.
 
     Raises:
       InputError: when the target exists or cannot be written, or a tensor cannot be read.
     """
     needed = num_bytes(c, dtype)
-    with new_directory(target, needed, overwrite=overwrite, say=say) as directory:
+    with new_directory(target, needed, overwrite=overwrite, log=log) as directory:
         fill(directory)
         (directory / DESCRIPTION).write_text(describe(c))
-        tree = _pending_params(c, tensors, mesh_shape, dtype, wrote)
+        tree = _lazy_params(c, tensors, mesh_shape, dtype, on_bytes_written)
         orbax_files.write_tree(directory / "params", tree)
 
 
-def _pending_params(c, tensors, mesh_shape, dtype, wrote) -> dict:
+def _lazy_params(c, tensors, mesh_shape, dtype, on_bytes_written) -> dict:
     """The parameters as arrays that are read from `tensors` while they are written."""
     table = {row.path: row for row in mapping.rows(c)}
     mesh = AbstractMesh(axis_sizes(mesh_shape), MESH_AXES)
@@ -132,12 +132,12 @@ def _pending_params(c, tensors, mesh_shape, dtype, wrote) -> dict:
         except ValueError as error:
             raise InputError(f"mesh {mesh_shape} does not divide {row.path}: {error}") from error
         item = np.dtype(leaf.dtype)
-        return orbax_files.Pending(
+        return orbax_files.LazyArray(
             shape=leaf.shape,
             dtype=item,
             chunk=orbax_files.choose_chunk(leaf.shape, shard, item.itemsize, row.is_layered),
             read=lambda index: read_part(row, sources, leaf, index),
-            wrote=wrote,
+            on_bytes_written=on_bytes_written,
         )
 
     return jax.tree_util.tree_map_with_path(pending, abstract_params(c, dtype=dtype))

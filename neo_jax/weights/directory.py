@@ -36,11 +36,11 @@ def new_directory(
     needed_bytes: int,
     *,
     overwrite: bool = False,
-    say: Callable[[str], None] = lambda message: None,
+    log: Callable[[str], None] = lambda message: None,
 ) -> Iterator[Path]:
     """A directory to fill, which takes its name only when the block ends without an error.
 
-    What a killed run left is removed first, and `say` is told so.
+    What a killed run left is removed first, and `log` is told so.
 
     Args:
       target: must not exist, unless `overwrite`; then it is replaced at the end.
@@ -54,7 +54,7 @@ def new_directory(
     target = Path(target).absolute()
     partial, old = (target.with_name(f".{target.name}.{end}") for end in ("partial", "replaced"))
     if old.is_dir() and not target.exists():
-        say(f"{target}: a run was stopped while replacing it; put back as it was")
+        log(f"{target}: a run was stopped while replacing it; put back as it was")
         old.rename(target)
     if (target.exists() or target.is_symlink()) and not overwrite:
         raise InputError(f"{target} exists: choose another place or allow to overwrite it")
@@ -65,7 +65,7 @@ def new_directory(
         target.parent.mkdir(parents=True, exist_ok=True)
         lock = _lock(target)
         if partial.exists():
-            say(f"{partial}: left by a run that did not finish; starting over")
+            log(f"{partial}: left by a run that did not finish; starting over")
             shutil.rmtree(partial)
         free = shutil.disk_usage(target.parent).free
         if free < needed_bytes:

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from neo_jax.config import ModelConfig
 from neo_jax.errors import InputError
 from neo_jax.model.int8 import Int8Matrix
 from neo_jax.model.neo import abstract_params
+from neo_jax.model_config import ModelConfig
 from neo_jax.weights import mapping
 from neo_jax.weights.checkpoint import DESCRIPTION
 from neo_jax.weights.directory import copy_side_files, new_directory, read_json
@@ -60,8 +60,8 @@ def write_published(
     shard_size: int = 5 * 10**9,
     side_files: Path | None = None,
     overwrite: bool = False,
-    say: Callable[[str], None] = lambda message: None,
-    wrote: Callable[[int], None] = lambda size: None,
+    log: Callable[[str], None] = lambda message: None,
+    on_bytes_written: Callable[[int], None] = lambda size: None,
 ) -> None:
     """Writes a published directory, whole or not at all.
 
@@ -73,7 +73,7 @@ def write_published(
       shard_size: bytes per file.
       side_files: directory whose tokenizer, configuration and code files are copied.
       overwrite: replace what is at `path`.
-      say, wrote: told of an unfinished earlier run, and of the bytes written.
+      log, on_bytes_written: told of an unfinished earlier run, and of the bytes written.
     """
     if dtype not in SAFETENSORS_DTYPE:
         raise InputError(f"dtype {dtype!r}: use one of {', '.join(SAFETENSORS_DTYPE)}")
@@ -89,7 +89,7 @@ def write_published(
         return _blocks(rows[key], c, read_leaf, jnp.dtype(dtype))
 
     needed = sum(num_bytes(shape, short) for shape in plan.values())
-    with new_directory(path, needed, overwrite=overwrite, say=say) as directory:
+    with new_directory(path, needed, overwrite=overwrite, log=log) as directory:
         hf = c.to_hf(dtype)
         if side_files:
             copy_side_files(side_files, directory)
@@ -99,7 +99,7 @@ def write_published(
                 hf = _published_config(stored, hf) if _is_of(c, stored) else hf
         (directory / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
         write_generation_config(directory, hf)
-        write_tensors(directory, plan, short, blocks, shard_size, wrote)
+        write_tensors(directory, plan, short, blocks, shard_size, on_bytes_written)
 
 
 def write_generation_config(directory: Path, hf: dict) -> None:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from neo_jax.config import PATCH_CHANNELS, ModelConfig
 from neo_jax.errors import InputError
+from neo_jax.model_config import PATCH_CHANNELS, ModelConfig
 from neo_jax.weights.mapping import Index, expected_tensors
 from neo_jax.weights.tensor_files import Tensor
 
@@ -22,7 +22,7 @@ _QUARTERS = (0, 2, 0, 2)
 
 
 @dataclasses.dataclass(frozen=True)
-class Made:
+class LazyTensor:
     """A tensor that is computed when a part of it is asked for."""
 
     shape: tuple[int, ...]
@@ -39,7 +39,7 @@ def grown_tensors(
     *,
     seed: int = 0,
     neo: Mapping[str, Tensor] | None = None,
-) -> dict[str, Tensor | Made]:
+) -> dict[str, Tensor | LazyTensor]:
     """Every tensor of the grown model by its published key.
 
     Args:
@@ -73,7 +73,7 @@ def grown_tensors(
             used.add(base)
             if "q_proj_hw" in rest:
                 tensor = take(qwen3, base, shape)
-                result[key] = Made(shape, tensor.dtype, _quarters(tensor, c.head_dim))
+                result[key] = LazyTensor(shape, tensor.dtype, _quarters(tensor, c.head_dim))
             elif "k_proj_hw" in rest or source != base:
                 dtype = qwen3[base].dtype if base in qwen3 else "F32"
                 result[key] = _constant(shape, dtype, 0 if "k_proj_hw" in rest else 1)
@@ -127,15 +127,15 @@ def _quarters(tensor: Tensor, head_dim: int) -> Callable[[Index], np.ndarray]:
     return read
 
 
-def _constant(shape: tuple[int, ...], dtype: str, value: float) -> Made:
+def _constant(shape: tuple[int, ...], dtype: str, value: float) -> LazyTensor:
     def read(index: Index) -> np.ndarray:
         sizes = [len(range(*part.indices(n))) for part, n in zip(index, shape, strict=True)]
         return np.full(sizes, value, np.float32)
 
-    return Made(shape, dtype, read)
+    return LazyTensor(shape, dtype, read)
 
 
-def _with_rows(tensor: Tensor, shape: tuple[int, ...]) -> Tensor | Made:
+def _with_rows(tensor: Tensor, shape: tuple[int, ...]) -> Tensor | LazyTensor:
     """The tensor, with rows of zeros after it if it has fewer."""
     available = tensor.shape[0]
     if available >= shape[0]:
@@ -146,10 +146,10 @@ def _with_rows(tensor: Tensor, shape: tuple[int, ...]) -> Tensor | Made:
         rows = tensor[(slice(min(start, available), min(stop, available)), *index[1:])]
         return np.pad(rows, [(0, stop - start - len(rows))] + [(0, 0)] * (len(shape) - 1))
 
-    return Made(shape, tensor.dtype, read)
+    return LazyTensor(shape, tensor.dtype, read)
 
 
-def _fresh(key: str, shape: tuple[int, ...], seed: int, c: ModelConfig) -> Made:
+def _fresh(key: str, shape: tuple[int, ...], seed: int, c: ModelConfig) -> LazyTensor:
     """A new tensor: norms 1, matrices ~ N(0, 0.02), convolutions uniform in +-1/sqrt(fan_in)."""
     if "norm" in key:
         return _constant(shape, "F32", 1)
@@ -161,4 +161,4 @@ def _fresh(key: str, shape: tuple[int, ...], seed: int, c: ModelConfig) -> Made:
             return rng.uniform(-(fan_in**-0.5), fan_in**-0.5, shape).astype(np.float32)[index]
         return rng.standard_normal(shape, np.float32)[index] * np.float32(0.02)
 
-    return Made(shape, "F32", read)
+    return LazyTensor(shape, "F32", read)

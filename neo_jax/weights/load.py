@@ -5,9 +5,9 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from neo_jax.config import ModelConfig
 from neo_jax.errors import InputError
 from neo_jax.model import lora
+from neo_jax.model_config import ModelConfig
 from neo_jax.weights.checkpoint import DESCRIPTION, Checkpoint, find_checkpoint, load_checkpoint
 from neo_jax.weights.orbax_files import read_tree
 from neo_jax.weights.published import load_published
@@ -84,5 +84,5 @@ def _with_factors(
             jax.eval_shape(make, params),
         )
         factors = read_tree(checkpoint.params, target)
-        merge = jax.jit(lora.merged, static_argnums=2, donate_argnums=1)
+        merge = jax.jit(lora.merge_lora, static_argnums=2, donate_argnums=1)
         return checkpoint.config, merge(factors, params, about["scale"])

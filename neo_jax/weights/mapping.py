@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
-from neo_jax.config import PATCH_SIZE, ModelConfig
 from neo_jax.errors import InputError
+from neo_jax.model_config import PATCH_SIZE, ModelConfig
 
 Path = tuple[str, ...]
 Index = tuple[slice, ...]

@@ -1,7 +1,7 @@
 """Our own checkpoints: an Orbax tree of parameters, written piece by piece.
 
-Orbax saves arrays that exist. A conversion must never hold them, so `Pending` stands for an array
-that will be read piece by piece, and `PendingHandler` tells Orbax how to write one. What lies on
+Orbax saves arrays that exist. A conversion must never hold them, so `LazyArray` stands for an array
+that will be read piece by piece, and `LazyArrayHandler` tells Orbax how to write one. What lies on
 the disk is an ordinary Orbax checkpoint; any Orbax reader restores it onto any mesh.
 """
 
@@ -30,14 +30,14 @@ DATA_FILE_BYTES = 32 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
-class Pending:
+class LazyArray:
     """An array to be: `read(index)` gives a part of it."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     chunk: tuple[int, ...]  # the pieces in which it is stored
     read: Callable[[Index], np.ndarray]
-    wrote: Callable[[int], None] = lambda size: None  # told the bytes of each piece
+    on_bytes_written: Callable[[int], None] = lambda size: None  # told the bytes of each piece
 
     def pieces(self) -> Iterator[Index]:
         for corner in np.ndindex(
@@ -60,8 +60,8 @@ def choose_chunk(
     return tuple(chunk)
 
 
-class PendingHandler(ocp.type_handlers.NumpyHandler):
-    """Writes `Pending` arrays; what is restored is an ordinary array."""
+class LazyArrayHandler(ocp.type_handlers.NumpyHandler):
+    """Writes `LazyArray` arrays; what is restored is an ordinary array."""
 
     async def serialize(self, values, infos, args=None):
         args = args or [ocp.SaveArgs()] * len(values)
@@ -84,21 +84,21 @@ class PendingHandler(ocp.type_handlers.NumpyHandler):
         return []
 
 
-async def _write_pieces(value: Pending, store: ts.TensorStore, threads: ThreadPoolExecutor):
+async def _write_pieces(value: LazyArray, store: ts.TensorStore, threads: ThreadPoolExecutor):
     loop, slots = asyncio.get_running_loop(), asyncio.Semaphore(PIECES_AT_ONCE)
 
     async def write(index: Index):
         async with slots:
             piece = await loop.run_in_executor(threads, value.read, index)
             await store[index].write(piece, can_reference_source_data_indefinitely=True)
-            value.wrote(piece.nbytes)
+            value.on_bytes_written(piece.nbytes)
 
     await asyncio.gather(*(write(index) for index in value.pieces()))
 
 
 def write_tree(directory: Path, tree: dict) -> None:
-    """Writes a nested dict of `Pending` arrays as an Orbax checkpoint."""
-    registry = ocp.type_handlers.create_type_handler_registry((Pending, PendingHandler()))
+    """Writes a nested dict of `LazyArray` arrays as an Orbax checkpoint."""
+    registry = ocp.type_handlers.create_type_handler_registry((LazyArray, LazyArrayHandler()))
     # Trained weights hardly compress.
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
     with ocp.Checkpointer(handler) as checkpointer:

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from neo_jax.config import ModelConfig
 from neo_jax.model.int8 import Int8Matrix, as_int8
 from neo_jax.model.neo import abstract_params
+from neo_jax.model_config import ModelConfig
 from neo_jax.weights.mapping import Index, Path
 
 # A parameter's path, its shape and type, and an index -> that part of it.

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from neo_jax.config import ModelConfig
 from neo_jax.errors import InputError
+from neo_jax.model_config import ModelConfig
 from neo_jax.sharding import make_mesh
 from neo_jax.weights import mapping
 from neo_jax.weights.directory import read_json

@@ -26,7 +26,7 @@ def write_tensors(
     dtype: str,
     blocks: Callable[[str], Iterable[Block]],
     shard_size: int,
-    wrote: Callable[[int], None] = lambda size: None,
+    on_bytes_written: Callable[[int], None] = lambda size: None,
 ) -> None:
     """Writes safetensors shards and, if there are several, their index.
 
@@ -38,7 +38,7 @@ def write_tensors(
       dtype: F32, F16 or BF16.
       blocks: key -> what makes the tensor's blocks of rows, in order.
       shard_size: bytes that a shard holds at most, unless a single tensor is larger.
-      wrote: told the bytes of each block written, for a progress bar.
+      on_bytes_written: told the bytes of each block written, for a progress bar.
     """
     shards = list(_shards(plan, dtype, shard_size))
     weight_map, total = {}, 0
@@ -49,7 +49,7 @@ def write_tensors(
             if len(shards) > 1:
                 name = f"model-{number:05}-of-{len(shards):05}.safetensors"
             shard = {key: plan[key] for key in keys}
-            total += _write_shard(directory / name, shard, dtype, made, wrote)
+            total += _write_shard(directory / name, shard, dtype, made, on_bytes_written)
             weight_map |= dict.fromkeys(keys, name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -83,7 +83,9 @@ def _ahead(threads: ThreadPoolExecutor, blocks: Iterator[Block]) -> Iterator[np.
         yield array
 
 
-def _write_shard(path: Path, plan: Plan, dtype: str, made: Iterator[np.ndarray], wrote) -> int:
+def _write_shard(
+    path: Path, plan: Plan, dtype: str, made: Iterator[np.ndarray], on_bytes_written
+) -> int:
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for key, shape in plan.items():
         end = offset + num_bytes(shape, dtype)
@@ -101,7 +103,7 @@ def _write_shard(path: Path, plan: Plan, dtype: str, made: Iterator[np.ndarray],
                 if block.shape[1:] != tuple(shape[1:]) or block.dtype.name != DTYPE_NAMES[dtype]:
                     raise ValueError(f"{key}: got {block.dtype} {block.shape}, planned {shape}")
                 data = memoryview(np.ascontiguousarray(block).reshape(-1).view(np.uint8))
-                wrote(len(data))
+                on_bytes_written(len(data))
                 while len(data):
                     data = data[file.write(data) :]
             if rows != shape[0]:

@@ -1,0 +1,11 @@
+"""SFT of NEO-ov 2B: give start=, data.mixture= and workdir= (`configs/stages.py`)."""
+
+from neo_jax.configs.models import NEO_OV_2B
+from neo_jax.configs.stages import fine_tuning
+from neo_jax.train.train_config import Config
+
+MODEL = NEO_OV_2B  # of the checkpoint that `start` names
+
+
+def get_config() -> Config:
+    return fine_tuning(MODEL)

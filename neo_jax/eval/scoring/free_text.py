@@ -1,0 +1,98 @@
+"""Answers in words: ANLS (DocVQA), relaxed accuracy (ChartQA), VQA accuracy (TextVQA), OCRBench."""
+
+from collections.abc import Sequence
+
+from rapidfuzz.distance import Levenshtein
+
+from neo_jax.eval.scoring.normalise import one_line, vqa_answer
+from neo_jax.eval.scoring.summary import Metric, ScoredRow, Verdict, by_column, mean, of_sums
+from neo_jax.eval.tables.rows import Row, listed, right_answer
+
+_ANLS_THRESHOLD = 0.5
+_TOLERANCE = 0.05  # of ChartQA's numbers
+_AGREEING = 3  # people of whom a TextVQA answer needs as many
+_FORMULAS = "Handwritten Mathematical Expression Recognition"
+
+
+def score_anls(row: Row, answer: str) -> Verdict:
+    """One less the edit distance by length to the nearest answer, or 0 below a half."""
+    score = max((1 - _distance(truth, answer) for truth in _truths(row)), default=0.0)
+    return Verdict(score if score >= _ANLS_THRESHOLD else 0.0, answer)
+
+
+def _distance(truth: str, answer: str) -> float:
+    # As officially: the lengths are of the texts before spaces are joined.
+    length = max(len(truth.upper()), len(answer.upper()))
+    return Levenshtein.distance(one_line(truth), one_line(answer)) / length if length else 0.0
+
+
+def score_relaxed(row: Row, answer: str) -> Verdict:
+    """Numbers to 5 %, anything else but for its case."""
+    answer = answer.strip()
+    return Verdict(float(any(_agrees(truth, answer) for truth in _truths(row))), answer)
+
+
+def _agrees(truth: str, answer: str) -> bool:
+    wanted, given = _number(truth), _number(answer)
+    if given is not None and wanted:
+        return abs(given - wanted) / abs(wanted) <= _TOLERANCE
+    return answer.lower() == truth.lower()
+
+
+def _number(value: str) -> float | None:
+    try:
+        return float(value.rstrip("%")) / 100 if value.endswith("%") else float(value)
+    except ValueError:
+        return None
+
+
+def score_vqa(row: Row, answer: str) -> Verdict:
+    """The mean over ten people of how far the nine others agree: three of them are enough."""
+    said = vqa_answer(answer)
+    truths = [vqa_answer(truth) for truth in _truths(row)]
+    same = truths.count(said)
+    scores = [min(1, (same - (truth == said)) / _AGREEING) for truth in truths]
+    return Verdict(sum(scores) / max(1, len(scores)), said)
+
+
+def score_ocrbench(row: Row, answer: str) -> Verdict:
+    """One of the right answers is somewhere in the answer; of formulas without any spaces."""
+
+    def plain(value: str) -> str:
+        value = value.strip().replace("\n", " ")
+        is_formula = row.get("category") == _FORMULAS
+        return value.replace(" ", "") if is_formula else value.lower()
+
+    said = plain(answer)
+    return Verdict(float(any(plain(truth) in said for truth in _truths(row))), said)
+
+
+def _truths(row: Row) -> list[str]:
+    return listed(right_answer(row))
+
+
+def summarise(scored_rows: Sequence[ScoredRow]) -> list[Metric]:
+    """The mean of all rows, of each split, or else of each category."""
+    total = mean("Overall", [one.verdict.score for one in scored_rows])
+    has_splits = any("split" in one.row for one in scored_rows)
+    return [total, *by_column(scored_rows, "split" if has_splits else "category")]
+
+
+def summarise_ocrbench(scored_rows: Sequence[ScoredRow]) -> list[Metric]:
+    """Points, of 1000 for the whole benchmark, as they are published; and of each kind."""
+    kinds: dict[str, list[float]] = {}
+    for one in scored_rows:
+        kind = str(one.row.get("category", ""))
+        kind = "Text Recognition" if kind.endswith("Recognition") and kind != _FORMULAS else kind
+        kinds.setdefault(kind, []).append(one.verdict.score)
+
+    def points(name: str, scores: list[float], scale: float = 1.0) -> Metric:
+        return of_sums(name, [[score] for score in scores], lambda sums: sums[..., 0], scale)
+
+    scores = [one.verdict.score for one in scored_rows]
+    return [
+        points("Final Score Norm (points / 10)", scores, 0.1),
+        points("Final Score (points)", scores),
+        mean("rows that are right", scores),
+        *(points(f"{kind} (points)", kinds[kind]) for kind in kinds),
+    ]

@@ -1,0 +1,289 @@
+"""A loaded model: configuration, parameters and tokenizer, and what one asks of them."""
+
+import dataclasses
+import difflib
+import functools
+import os
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from neo_jax.data.image import ImageSource
+from neo_jax.data.tokenizer import NeoTokenizer
+from neo_jax.data.video import VideoSource
+from neo_jax.errors import InputError
+from neo_jax.infer import analysis
+from neo_jax.infer.buckets import padded_length
+from neo_jax.infer.engine import Engine, Event
+from neo_jax.infer.prepare import Preparer
+from neo_jax.infer.request import Request, Result
+from neo_jax.infer.sampling import Sampling
+from neo_jax.model_config import ModelConfig
+from neo_jax.sharding import MESH_AXES, make_mesh
+from neo_jax.weights.load import load_params, side_directory
+
+
+@dataclasses.dataclass(eq=False)
+class Pipeline:
+    """What `neo_jax.load` returns."""
+
+    config: ModelConfig
+    params: dict
+    tokenizer: NeoTokenizer
+    mesh: Mesh
+    _kept: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    _stream: weakref.ref | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    @functools.cached_property
+    def _prepare(self) -> Preparer:
+        return Preparer(self.config, self.tokenizer)
+
+    def logits(
+        self,
+        token_ids: Sequence[int],
+        pixel_values: np.ndarray | None = None,
+        grid_hw: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Logits of every position of one document.
+
+        Args:
+          token_ids: [L] int, with the visual tokens in place.
+          pixel_values: [P, 768] float32, normalised row-major patches of all images.
+          grid_hw: [n, 2] patch grids of the images.
+
+        Returns:
+          [L, V] float32.
+
+        Raises:
+          InputError: when the visual tokens and the images do not match.
+        """
+        example = analysis.document(self.config, self.tokenizer, token_ids, pixel_values, grid_hw)
+        with jax.set_mesh(self.mesh):
+            batch = analysis.padded(example, self.mesh)
+            logits_blv = analysis.logits(self.config, self.params, batch)
+        return np.asarray(logits_blv)[0, : len(token_ids)]
+
+    def hidden_states(
+        self,
+        token_ids: Sequence[int],
+        pixel_values: np.ndarray | None = None,
+        grid_hw: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What runs through the model, for analysis; arguments as in `logits`.
+
+        Returns:
+          the decoder's input [L, D], the residual stream after each layer [layers, L, D], and
+          the final norm's output [L, D].
+        """
+        example = analysis.document(self.config, self.tokenizer, token_ids, pixel_values, grid_hw)
+        with jax.set_mesh(self.mesh):
+            batch = analysis.padded(example, self.mesh)
+            states = analysis.hidden_states(self.config, self.params, batch)
+        inputs, layers, final = map(np.asarray, states)
+        length = len(token_ids)
+        return inputs[0, :length], layers[:, 0, :length], final[0, :length]
+
+    def embed_patches(self, pixel_values: np.ndarray, grid_hw: np.ndarray) -> np.ndarray:
+        """Visual tokens of some images: [P, 768] float32, [n, 2] -> [P/4, D], in token order."""
+        t = self.tokenizer
+        token_ids = [
+            number
+            for rows, columns in np.asarray(grid_hw).reshape(-1, 2)
+            for number in (t.image_start_id, *[t.image_context_id] * (int(rows * columns) // 4))
+        ]
+        example = analysis.document(self.config, self.tokenizer, token_ids, pixel_values, grid_hw)
+        with jax.set_mesh(self.mesh):
+            batch = analysis.padded(example, self.mesh)
+            inputs_bld = analysis.inputs(self.config, self.params, batch)
+        return np.asarray(inputs_bld)[0, : len(token_ids)][example.is_image]
+
+    def chat(
+        self,
+        question: str,
+        images: Sequence[ImageSource] | ImageSource | None = (),
+        *,
+        video: VideoSource | None = None,
+        history: Sequence[tuple[str, str]] | None = None,
+        system: str = "",
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        video_options: Mapping[str, Any] | None = None,
+        stream: bool = False,
+        **sampling: Any,
+    ) -> str | Iterator[str]:
+        """Answers a question about pictures or a video.
+
+        Args:
+          question: with an `<image>` mark where each picture belongs, or without any: then the
+            one picture goes in front. A video always goes in front.
+          images: paths, encoded bytes, Pillow images or [H, W, 3] uint8 arrays; or one of them.
+          video: a file, a folder of pictures or a list of pictures; `video_options` are the
+            arguments of `data.video.load_video`, such as num_frames or fps.
+          history: earlier (question, answer) turns; their marks take the first images.
+          system: system prompt.
+          min_pixels, max_pixels: area of each resized image; default: the checkpoint's.
+          stream: yield the answer in pieces instead; the next call ends it if it is unfinished.
+          **sampling: fields of `Sampling`: max_new_tokens, temperature (0: greedy), top_k, top_p,
+            repetition_penalty, seed, stop and so on.
+
+        Raises:
+          InputError: for an unreadable picture, marks that do not match the pictures, a setting
+            out of range, a prompt that with its answer exceeds the model's context, or while the
+            engine answers the requests of a `serve` that is neither finished nor closed.
+        """
+        if images is None or isinstance(images, ImageSource):
+            images = () if images is None else (images,)
+        request = Request(
+            prompt=question,
+            images=images,
+            video=video,
+            history=history,
+            system=system,
+            sampling=_sampling(sampling),
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+            video_options=video_options or {},
+        )
+        # Prepared here, so that what is wrong with it is said before the first piece.
+        prepared = self._prepare(request)
+        engine = self._engine_for(len(prepared.prefix_ids), request.sampling.max_new_tokens)
+        pieces = self._pieces(engine.events([request], lambda _: prepared), request)
+        return pieces if stream else "".join(pieces)
+
+    def generate(self, requests: Iterable[Request], **engine_options: Any) -> list[Result]:
+        """Answers many requests together; results are in their order.
+
+        Args:
+          requests: see `Request`. One that is bad gives a `Result` with an `error`.
+          **engine_options: of `Engine`: slots, max_length, kv_dtype and so on.
+        """
+        return [result for _, result in sorted(self.serve(requests, **engine_options))]
+
+    def serve(
+        self, requests: Iterable[Request], **engine_options: Any
+    ) -> Iterator[tuple[int, Result]]:
+        """As `generate`, but yields (number of the request, result) as they finish.
+
+        Requests are taken from the iterable as they are needed. Until all are answered, or the
+        iterator is closed, the engine takes no others.
+        """
+        engine = self.engine(**engine_options)
+        self._end_stream()
+        return engine.run(requests)
+
+    def engine(self, **options: Any) -> Engine:
+        """An engine with these options (see `Engine`). The last one is kept, with its cache."""
+        if self._kept.get("options") != options:
+            self._end_stream()
+            self._kept.clear()  # first, so that the memory of its cache is free
+            _use_compilation_cache()
+            engine = Engine(
+                self.config, self.params, self.mesh, self.tokenizer, self._prepare, **options
+            )
+            self._kept.update(options=options, engine=engine)
+        return self._kept["engine"]
+
+    def _engine_for(self, prompt_length: int, max_new_tokens: int) -> Engine:
+        """The kept engine if the request fits, or a new one of one slot."""
+        needed, limit = prompt_length + max_new_tokens, self.config.max_position_embeddings
+        if needed > limit:
+            raise InputError(
+                f"the prompt has {prompt_length} tokens; with max_new_tokens={max_new_tokens} that "
+                f"exceeds the model's context of {limit}: lower max_pixels or max_new_tokens"
+            )
+        if self._kept and self._kept["engine"].max_length >= needed:
+            return self._kept["engine"]
+        return self.engine(slots=1, max_length=min(padded_length(needed), limit))
+
+    def _pieces(self, events: Iterator[Event], request: Request) -> Iterator[str]:
+        """Text of one answer as it comes; the pieces' join is the result's text."""
+        self._end_stream()
+        self._stream = weakref.ref(events)
+        said, result = "", None
+        for _, answer, result in events:
+            if result and result.error:
+                raise InputError(result.error)
+            text = result.text if result else _certain(answer.text, request.sampling.stop)
+            if len(text) > len(said):
+                yield text[len(said) :]
+                said = text
+        if result is None:
+            raise InputError(
+                "a later call has ended this answer: read a stream to its end before the next call"
+            )
+
+    def _end_stream(self) -> None:
+        """Frees the engine of a streamed answer that was left; going on with it is an error."""
+        if self._stream and (events := self._stream()):
+            events.close()
+
+
+def load(
+    path: str | Path,
+    dtype: str = "bfloat16",
+    mesh: Mesh | tuple[int, int, int] | None = None,
+    weights: str | None = None,
+) -> Pipeline:
+    """Loads a model.
+
+    Args:
+      path: a directory as published (config.json, model*.safetensors, the tokenizer's files), or
+        one that `convert.from_hf` or training wrote.
+      dtype: "bfloat16" or "float32", of parameters and matrix products; norms, rotary angles,
+        softmax and logits are float32 in both.
+      mesh: sizes of (data, fsdp, tensor), or a Mesh from neo_jax.sharding; default: heads
+        split over as many local devices as divide them.
+      weights: "int8" keeps the large matrices in 8 bits, half the memory of bfloat16.
+
+    Raises:
+      InputError: naming the file, key or field that is missing or wrong.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise InputError(f"dtype {dtype!r}: use 'float32' or 'bfloat16'")
+    tokenizer = NeoTokenizer.from_directory(side_directory(path))  # before gigabytes are read
+    if mesh is not None and not isinstance(mesh, Mesh):
+        mesh = make_mesh(mesh)
+    elif mesh is not None and (
+        mesh.axis_names != MESH_AXES or set(mesh.axis_types) != {AxisType.Explicit}
+    ):
+        raise InputError(
+            f"mesh {mesh}: give its sizes instead, such as (1, 1, 8), or a mesh of Explicit axes "
+            f"{MESH_AXES}, as neo_jax.sharding.make_mesh makes"
+        )
+    config, params = load_params(path, dtype, mesh, weights)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise InputError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the model "
+            f"{config.vocab_size} rows: they do not belong together"
+        )
+    return Pipeline(config, params, tokenizer, jax.tree.leaves(params)[0].sharding.mesh)
+
+
+def _certain(text: str, stops: Sequence[str]) -> str:
+    """What of an answer so far will stay: not an end that may be cut off or stripped."""
+    for stop in stops:
+        held = (size for size in range(len(stop), 0, -1) if text.endswith(stop[:size]))
+        text = text[: len(text) - next(held, 0)]
+    return text.strip()
+
+
+def _sampling(fields: Mapping[str, Any]) -> Sampling:
+    names = [field.name for field in dataclasses.fields(Sampling)]
+    for name in fields:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1)
+            hint = f", did you mean {near[0]!r}" if near else f": use one of {', '.join(names)}"
+            raise InputError(f"no setting {name!r}{hint}")
+    return Sampling(**fields)
+
+
+def _use_compilation_cache() -> None:
+    """Keeps compiled programs on disk, unless the user chose a place for them."""
+    if jax.config.jax_compilation_cache_dir is None:
+        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(base, "neo_jax"))

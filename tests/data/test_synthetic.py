@@ -1,0 +1,135 @@
+"""Drawn pictures: the same each time, held-out layouts apart, answers true of the pixels."""
+
+import collections
+
+import numpy as np
+import pytest
+
+from helpers.golden import raises
+from neo_jax.data import synthetic
+from neo_jax.data.mixture import Mixture
+from neo_jax.data.supervised import Limits, supervised_example
+from neo_jax.data.synthetic_records import ShapeRecords
+
+
+def drawn(kind, count=150, is_held_out=False):
+    return [synthetic.draw_record(kind, 5, number, is_held_out) for number in range(count)]
+
+
+def answer(record, kind):
+    return next(question.answer for question in record.questions if question.kind == kind)
+
+
+def things(picture):
+    """[H, W] bool: what is not background, which is the colour of most pixels."""
+    pixels = np.asarray(picture).astype(int)
+    colours, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
+    return np.abs(pixels - colours[counts.argmax()]).sum(axis=-1) > 60
+
+
+def centre(picture):
+    rows, columns = np.nonzero(things(picture))
+    return np.array([(rows.min() + rows.max()) / 2, (columns.min() + columns.max()) / 2])
+
+
+def test_colour_and_place_are_true():
+    for record in drawn("one"):
+        picture = record.pictures[0]
+        colour = np.median(np.asarray(picture)[things(picture)], axis=0)
+        assert tuple(colour.astype(int)) == synthetic.COLOURS[answer(record, "colour")]
+        row, column = (centre(picture) // synthetic.CELL).astype(int)
+        assert answer(record, "place") == f"{synthetic.ROWS[row]} {synthetic.COLUMNS[column]}"
+
+
+def test_counts_are_true():
+    for record in drawn("count"):
+        mask = things(record.pictures[0])
+        cells = mask.reshape(3, synthetic.CELL, 3, synthetic.CELL).sum(axis=(1, 3))
+        assert answer(record, "count") == str((cells > 60).sum())
+
+
+def test_relations_bindings_and_motion_are_true():
+    for record in drawn("two"):
+        pixels = np.asarray(record.pictures[0])
+        colours = [question.answer for question in record.questions if question.kind == "binding"]
+        places = [
+            np.mean(np.nonzero((pixels == synthetic.COLOURS[colour]).all(axis=-1)), axis=1)
+            for colour in colours
+        ]
+        down, right = places[0] - places[1]
+        if abs(right) > abs(down):
+            wanted = "right" if right > 0 else "left"
+        else:
+            wanted = "below" if down > 0 else "above"
+        assert answer(record, "relation") == wanted
+    for record in drawn("motion", 60):
+        down, right = centre(record.pictures[-1]) - centre(record.pictures[0])
+        ways = {"left": -right, "right": right, "up": -down, "down": down}
+        assert answer(record, "motion") == max(ways, key=ways.get)
+
+
+def test_changes_are_true():
+    for record in drawn("change"):
+        before, after = (np.asarray(picture) for picture in record.pictures)
+        masks = [things(picture) for picture in record.pictures]
+        if (before == after).all():
+            wanted = "nothing"
+        elif (masks[0] == masks[1]).all():
+            wanted = "the colour"
+        else:
+            cells = [tuple(centre(picture) // synthetic.CELL) for picture in record.pictures]
+            wanted = "the shape" if cells[0] == cells[1] else "the place"
+        assert answer(record, "change") == wanted
+
+
+@pytest.mark.parametrize("kind", synthetic.kinds())
+def test_no_picture_that_is_held_out_is_trained_on(kind):
+    def contents(is_held_out):
+        records = drawn(kind, 300, is_held_out)
+        return {tuple(np.asarray(p).tobytes() for p in record.pictures) for record in records}
+
+    assert not contents(True) & contents(False)
+    assert len(contents(True)) > 250  # endless, not a few again and again
+
+
+def test_records_are_the_same_each_time_and_fit_their_curriculum():
+    tokenizer, limits = synthetic.tokenizer(), Limits(256, 384, 4096, 65536)
+    kinds = collections.Counter()
+    for index in (0, 7, 9000, 9001, 50_000):
+        one, two = (ShapeRecords("shapes:short")[index] for _ in range(2))
+        examples = [
+            supervised_example(record, tokenizer, limits, np.random.default_rng(0))
+            for record in (one, two)
+        ]
+        for name, array in examples[0].items():
+            np.testing.assert_array_equal(array, examples[1][name])
+    for index in range(300):
+        turns = ShapeRecords("shapes:short")[index]["conversations"]
+        kinds["change" if "What changed?" in str(turns) else "other"] += 1
+    assert kinds["change"] == 0  # those come later
+    with raises("shapes:all: use shapes:short"):
+        ShapeRecords("shapes:all")
+
+
+def numbers(mixture, count):
+    order = mixture.numbers(seed=1, repeat=True)
+    return [int(order[index]) for index in range(count)]
+
+
+def test_a_mixture_draws_each_source_as_often_as_asked(tmp_path):
+    for name, count in (("a", 100), ("b", 300)):
+        lines = '{"conversations": []}\n' * count
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    a, b = (tmp_path / f"{name}.jsonl" for name in "ab")
+    for text, share in ((f"{a},{b}", 1 / 4), (f"{a},{b}%50", 2 / 5), (f"{a}@3,{b}", 3 / 4)):
+        found = numbers(Mixture.parse(text), 800)
+        assert sum(number < 100 for number in found) / 800 == pytest.approx(share, abs=0.01)
+    both = Mixture.parse(f"{a},{b}")
+    assert collections.Counter(numbers(Mixture.parse(str(a)), 300)) == dict.fromkeys(range(100), 3)
+    once = both.numbers(seed=1, repeat=False)
+    assert [int(once[index]) for index in range(len(once))] == list(range(400))
+    assert (both.where(99), both.where(100)) == (f"{a}:100", f"{b}:1")
+    with raises("b.jsonl%x|%0"):
+        Mixture.parse(f"{b}%0")
+    with raises("mixture is empty"):
+        Mixture.parse(" , ")

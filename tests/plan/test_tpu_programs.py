@@ -1,0 +1,127 @@
+"""What the TPU compiler makes of our kernels, of a step and of decoding. Needs libtpu; no TPU."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from helpers.golden import needs_compiler
+from neo_jax.configs import tiny_shapes
+from neo_jax.kernels.interval_attention import interval_attention
+from neo_jax.model_config import ModelConfig
+from neo_jax.plan.chips import CHIPS
+from neo_jax.plan.serving import plan_serving
+from neo_jax.plan.topology import find_topology
+from neo_jax.plan.training import plan_training
+
+pytestmark = needs_compiler
+
+MODEL = ModelConfig(
+    hidden_size=512,
+    intermediate_size=1024,
+    num_pre_buffer_layers=0,
+    num_post_llm_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=128,
+    vocab_size=2048,
+    dtype="bfloat16",
+)
+
+
+@pytest.mark.parametrize(
+    ("slice_", "length", "kernels"),
+    [
+        ("v5e:2x2", 2048, {"forward", "backward"}),
+        ("v5p:2x2x1", 8192, {"forward", "backward"}),
+        ("v6e:2x2", 32768, {"forward", "backward_queries", "backward_keys"}),
+    ],
+)
+def test_attention_is_compiled_for_tpus(slice_, length, kernels):
+    sharding = SingleDeviceSharding(find_topology(slice_).devices[0])
+
+    def loss(q, k, v, start, end):
+        return jnp.sum(interval_attention(q, k, v, start, end, 0.1).astype(jnp.float32))
+
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    heads = (array(1, length, 4, 256), array(1, length, 2, 256), array(1, length, 2, 128))
+    bounds = [array(1, length, dtype=jnp.int32)] * 2
+    lowered = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*heads, *bounds)
+    for kernel in kernels:
+        assert f'"interval_attention_{kernel}"' in lowered.as_text()
+    options = {"xla_tpu_offload_gather_to_sparsecore": "false"} if "v5e" not in slice_ else None
+    memory = lowered.compile(compiler_options=options).memory_analysis()
+    scores = 4 * 4 * length**2
+    assert memory.temp_size_in_bytes < scores / 8
+
+
+def test_kernels_keep_to_their_budget():
+    """In instruction bundles, of one chip; `make tpu` asks for all."""
+    command = [sys.executable, "-m", "benchmarks.kernel_cycles", "--chips", "v5e"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def test_gradients_of_weights_are_scattered():
+    config = dataclasses.replace(tiny_shapes.get_config(), model=MODEL, mesh=(1, 16, 1))
+    data = dataclasses.replace(config.data, length=2048, rows=16, num_patches=0)
+    config = dataclasses.replace(config, data=data, dtype="bfloat16", remat="full")
+    plan = plan_training(config, "v5e:4x4", packing="caption", with_flags=False, use_cache=False)
+    assert not plan.problem
+    assert not plan.warnings
+    assert plan.times.kernels > 0
+    scattered = [one for one in plan.traffic if one.kind == "reduce-scatter"]
+    matrices = 2 * 4 * (3 * 512 * 1024 + 512 * (2 * 4 * 128 + 512 + 2 * 3 * 128))
+    assert sum(one.bytes for one in scattered) > matrices
+    # What is reduced whole are norms, biases and the first product of patches, which is not split.
+    assert plan.all_reduced < 4 * (768 * 1024 + 100_000)
+
+
+@pytest.mark.parametrize("length", [4096, 8192])  # all scores at once, and by the kernel
+def test_a_prefill_is_counted_with_the_keys_that_it_needs(length):
+    prefill, _ = plan_serving(
+        MODEL,
+        "v5e:2x2",
+        mesh=(2, 1, 2),
+        slots=2,
+        max_length=length,
+        prefill=length,
+        with_flags=False,
+        use_cache=False,
+    )
+    executed = prefill.times.products * CHIPS["v5e"].flops
+    # The kernel's blocks have at least 128 queries, a row of a prompt 64.
+    assert prefill.model_flops < executed < 2.5 * prefill.model_flops
+
+
+SCALES = "copy-start f32"  # of int8: small enough to be put into fast memory
+
+
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
+def test_decoding_copies_no_cache(kv_dtype):
+    plans = plan_serving(
+        MODEL,
+        "v5e:2x2",
+        mesh=(2, 1, 2),
+        slots=8,
+        max_length=16384,
+        prefill=512,
+        kv_dtype=kv_dtype,
+        with_flags=False,
+        use_cache=False,
+    )
+    assert not any(plan.problem for plan in plans)
+    for plan in plans:
+        copied = [array for array in plan.notes["they are"] if not array.startswith(SCALES)]
+        assert not copied
+    decode = plans[1]
+    assert decode.times.kernels > 0
+    kinds = decode.memory.kinds
+    assert kinds["temporaries"] < 0.1 * kinds["keys and values"]
