@@ -5,7 +5,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 EXTRAS ?= dev
 
-.PHONY: demo test tpu notebooks lint clean
+# What a developer runs while working.
+test-fast: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+.PHONY: demo test test-fast tpu notebooks lint clean
 
 demo: $(READY)
 	$(BIN)/python train.py workdir=.demo/tiny_shapes

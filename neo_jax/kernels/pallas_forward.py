@@ -2,8 +2,8 @@
 
 Heads lie side by side as lanes, [B, T, N * J], so nothing is transposed on the way in or out. A
 step takes one entry of the block list, for all query heads that share a key head: the mask is
-made and keys are read once for all of them. Scores are kept with keys down and queries across, so that
-what there is once per query (its interval, maximum and sum) is a row of lanes.
+made and keys are read once for all of them. Scores are kept with keys down and queries across, so
+that what a query has once (its interval, maximum and sum) is a row of lanes.
 
 Scores come in powers of 2: queries are scaled by log2(e) beforehand (`flash.py`).
 """

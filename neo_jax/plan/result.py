@@ -1,4 +1,4 @@
-"""A plan's figures: frozen dataclasses, which become JSON, a table or a figure (`plan_report.py`)."""
+"""The figures of a plan: frozen dataclasses, shown as JSON, a table or a figure."""
 
 import dataclasses
 from typing import Any

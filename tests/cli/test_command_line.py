@@ -40,6 +40,7 @@ def test_bad_input_gives_one_line_and_code_2(arguments, said, capsys):
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_batch_answers_a_file_and_goes_on(tmp_path, capsys):
     lines = [{"id": "a", "prompt": "What is this?", "images": [IMAGE]}, {"id": "b", "prompt": "Hi"}]
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"

@@ -73,6 +73,7 @@ def one_host(data, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_the_command_goes_on_where_it_was_killed(one_host):
     found = answers(one_host, "mmstar")
     assert len(found) == 30
@@ -85,6 +86,7 @@ def test_the_command_goes_on_where_it_was_killed(one_host):
     assert all(part["throughput"]["rows_per_second"] > 0 for part in parts)
 
 
+@pytest.mark.slow
 def test_two_hosts_answer_as_one(one_host, data, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -70,6 +70,7 @@ def right_share(lines, about):
     return 100 * sum(right) / len(right)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", made.FORMATS)
 def test_two_hundred_rows_survive_kills_and_are_counted_right(name, tmp_path):
     write, about = made.FORMATS[name]

@@ -100,6 +100,7 @@ def instances(model, rows, **options):
     ]
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_our_runner(adapter, tmp_path):
     made.write_tsv(tmp_path, rows=12)
     overrides = [f"{name}={value}" for name, value in SETTINGS.items()]

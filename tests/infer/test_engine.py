@@ -67,6 +67,7 @@ def tokens_of(results):
     return [result.token_ids for result in results]
 
 
+@pytest.mark.slow
 def test_64_mixed_requests_are_answered_alike_by_1_4_and_16_slots_and_on_a_mesh(model):
     requests = list(mixed_requests(64))
     lengths, answers = [], {}
@@ -82,6 +83,7 @@ def test_64_mixed_requests_are_answered_alike_by_1_4_and_16_slots_and_on_a_mesh(
         assert other == first
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_order_or_neighbours(model):
     requests = list(mixed_requests(12))
     options = {"slots": 4, "max_length": 2048, "prefill_budget": 512}
@@ -101,6 +103,7 @@ def test_results_do_not_depend_on_order_or_neighbours(model):
     assert tokens_of(again) != together[5:6]
 
 
+@pytest.mark.slow
 def test_every_planned_program_is_compiled_once_and_no_other(model):
     neo = model(1, 1, 1)
     engine = neo.engine(slots=2, max_length=512, prefill_budget=256, kv_dtype="bfloat16")
@@ -116,6 +119,7 @@ def test_every_planned_program_is_compiled_once_and_no_other(model):
     assert engine.warm() == sum(program._cache_size() for program in compiled) - before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 1, 2)])
 def test_a_common_prefix_is_computed_once(model, mesh):
     image = picture(1, 256, 320)
@@ -140,6 +144,7 @@ def test_a_common_prefix_is_computed_once(model, mesh):
     assert all(count == 0 or count > prefix > MIN_PREFIX for count in cached)
 
 
+@pytest.mark.slow
 def test_a_conversation_goes_on_from_its_cache(model):
     neo, image = model(1, 1, 1), picture(2, 256, 256)
     engine = neo.engine(slots=2, max_length=512)
@@ -169,6 +174,7 @@ def test_another_picture_of_the_same_size_shares_nothing_of_it(model):
     )
 
 
+@pytest.mark.slow
 def test_equal_pictures_are_prepared_once(model, monkeypatch, tmp_path):
     path, calls = tmp_path / "picture.png", []
     picture(3).save(path)
@@ -217,6 +223,7 @@ def test_a_bad_request_gets_an_error_and_the_rest_go_on(model):
         assert answered.token_ids == results[1].token_ids
 
 
+@pytest.mark.slow
 def test_requests_are_taken_as_they_are_needed(model):
     taken = []
 
@@ -264,6 +271,7 @@ def test_a_loop_is_stopped_when_asked(model, monkeypatch):
         assert stopped.token_ids == free.token_ids
 
 
+@pytest.mark.slow
 def test_int8_cache_agrees_with_the_exact_one(model):
     requests = list(mixed_requests(12))
     options = {"slots": 4, "max_length": 2048, "prefill_budget": 512, "workers": 1}
@@ -274,6 +282,7 @@ def test_int8_cache_agrees_with_the_exact_one(model):
     assert np.mean(equal) > 0.5
 
 
+@pytest.mark.slow
 def test_long_prompts_go_in_by_chunks_that_cut_no_picture(model, monkeypatch):
     """Seen from outside: every chunk that is ordered, and that the answer is the same."""
     chunks, original = [], engine_module.Engine._prefill

@@ -76,6 +76,7 @@ def official_request(name, **sampling):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)])
 @pytest.mark.parametrize("name", PROMPTS)
 def test_step_logits(name, mesh):
@@ -110,6 +111,7 @@ def test_int8_cache_stays_close():
     assert (logits.argmax(-1) == exact.argmax(-1)).mean() > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)])
 def test_the_official_tokens(mesh):
     neo, golden = load_case("generate", mesh), arrays("generate", "generate.npz")

@@ -76,6 +76,7 @@ def assert_close(found, wanted, tolerance):
         np.testing.assert_allclose(np.float32(ours), theirs, atol=atol, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("implementation", ["blockwise", "interpreted", "two walks"])
 def test_every_implementation_is_the_definition(shape, implementation, monkeypatch):
@@ -99,6 +100,7 @@ def test_every_implementation_is_the_definition(shape, implementation, monkeypat
         assert not np.any(np.float32(found[0])[nothing])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)], ids=str)
 @pytest.mark.parametrize("implementation", ["dense", "blockwise", "interpreted"])
 def test_the_same_on_a_mesh_with_visits_made_before(implementation, mesh):
@@ -207,6 +209,7 @@ def test_decoding_is_the_definition_over_what_is_cached(is_int8, kernel, mesh):
     np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", [(64, 32, 32), (64, 64)], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_norms_and_rotation_in_one_kernel(groups, dtype):

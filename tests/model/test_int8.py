@@ -67,6 +67,7 @@ def test_logits_are_those_of_a_model_quantised_by_hand(by_hand, mesh):
     np.testing.assert_allclose(logits, wanted, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_a_model_quantised_by_hand(by_hand):
     image, question = GOLDEN / "single_image/image_0.png", "What is this?"
     wanted = neo_jax.load(by_hand, dtype="float32", mesh=(1, 1, 1))
@@ -96,6 +97,7 @@ def test_same_from_our_checkpoint(tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "mesh", "usual", "worst", "agreeing"),
     [

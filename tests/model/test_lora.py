@@ -77,6 +77,7 @@ def factors_and_gradients(shape, join):
         return jax.jit(functools.partial(run, join=join))(factors, neo.params, batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 2, 2)], ids=str)
 def test_factors_count_as_if_they_were_worked_in(shape):
     """Loss and gradients, against those through the sum of a matrix and its change."""

@@ -164,6 +164,7 @@ def test_bfloat16_answers_alike():
     np.testing.assert_allclose(logits, outputs["logits"], atol=0.1)
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing():
     neo, inputs = load_case("single_image"), arrays("single_image", "inputs.npz")
     outputs = arrays("single_image", "outputs.npz")

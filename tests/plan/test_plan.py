@@ -53,6 +53,7 @@ def tiny_plan():
     return plan_training(tiny(), "v5e:2x2", packing="text", name="tiny")
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_plan_says_what_the_step_needs():
     plan = tiny_plan()

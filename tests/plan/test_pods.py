@@ -47,6 +47,7 @@ def test_the_committed_table_is_of_these_settings_and_everything_fits():
     assert (DOCS / "pods.md").read_text().endswith(table)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_search_leaves_out_nothing_that_fits():
     """Of every row of the table, the bytes that are known beforehand are no more than it needs."""

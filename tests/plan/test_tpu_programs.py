@@ -34,6 +34,7 @@ MODEL = ModelConfig(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("slice_", "length", "kernels"),
     [
@@ -62,6 +63,7 @@ def test_attention_is_compiled_for_tpus(slice_, length, kernels):
     assert memory.temp_size_in_bytes < scores / 8
 
 
+@pytest.mark.slow
 def test_kernels_keep_to_their_budget():
     """In instruction bundles, of one chip; `make tpu` asks for all."""
     command = [sys.executable, "-m", "benchmarks.kernel_cycles", "--chips", "v5e"]
@@ -69,6 +71,7 @@ def test_kernels_keep_to_their_budget():
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
+@pytest.mark.slow
 def test_gradients_of_weights_are_scattered():
     config = dataclasses.replace(tiny_shapes.get_config(), model=MODEL, mesh=(1, 16, 1))
     data = dataclasses.replace(config.data, length=2048, rows=16, num_patches=0)
@@ -84,6 +87,7 @@ def test_gradients_of_weights_are_scattered():
     assert plan.all_reduced < 4 * (768 * 1024 + 100_000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [4096, 8192])  # all scores at once, and by the kernel
 def test_a_prefill_is_counted_with_the_keys_that_it_needs(length):
     prefill, _ = plan_serving(
@@ -104,6 +108,7 @@ def test_a_prefill_is_counted_with_the_keys_that_it_needs(length):
 SCALES = "copy-start f32"  # of int8: small enough to be put into fast memory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
 def test_decoding_copies_no_cache(kv_dtype):
     plans = plan_serving(

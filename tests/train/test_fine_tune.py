@@ -5,6 +5,7 @@ import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 import infer
@@ -15,6 +16,7 @@ PHOTO = Path(find_spec("matplotlib").origin).parent / "mpl-data/sample_data/grac
 QUESTION, ANSWER = "Who is this?", "Rear admiral Grace Hopper."
 
 
+@pytest.mark.slow
 def test_grow_fine_tune_export_and_ask(tmp_path, capsys):
     qwen3, images = tmp_path / "qwen3", tmp_path / "images"
     shutil.copytree(GOLDEN / "qwen3_init/untied/qwen3", qwen3)

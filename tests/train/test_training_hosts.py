@@ -49,6 +49,7 @@ def two_hosts(script, workdir):
     ]
 
 
+@pytest.mark.slow
 def test_two_hosts_train_as_one(tmp_path):
     """Each feeds its half of the rows; a single process that has all of them finds the same.
 

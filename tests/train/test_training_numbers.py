@@ -127,6 +127,7 @@ def _leaves(tree):
         yield "/".join(entry.key for entry in path), leaf
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_loss_in_chunks_is_the_loss_of_all_logits(tied, monkeypatch):
     """Value and gradients, with the vocabulary and the batch split, against plain log-softmax."""
@@ -190,6 +191,7 @@ def optimized(mesh, micro=1, rows=8, o=None, trained=ALL, steps=3, total=4, rema
     return losses, norms, state
 
 
+@pytest.mark.slow
 def test_the_official_optimizer_steps():
     """The official run decays the norms of H and W too, which its filter misses."""
     wanted = read_json("packed_train", "train_steps.json")
@@ -212,6 +214,7 @@ def test_the_official_optimizer_steps():
     assert compared == len(small)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES[1:], ids=str)
 def test_steps_are_the_same_on_every_mesh(mesh):
     one, other = optimized(MESHES[0]), optimized(mesh)
@@ -223,6 +226,7 @@ def test_steps_are_the_same_on_every_mesh(mesh):
         np.testing.assert_allclose(a, b, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_micro_batches_and_remat_change_nothing():
     one = optimized(MESHES[0])
     for other in (
@@ -237,6 +241,7 @@ def test_micro_batches_and_remat_change_nothing():
 PT = ("patch_embed/.*", "pre_buffer/.*", "post_llm/attention/[qk]_(hw_.*|norm_[hw])")
 
 
+@pytest.mark.slow
 def test_frozen_parameters_keep_their_bits_and_have_no_moments():
     before = dict(_leaves(load_case("packed_train").params))
     o = OptimConfig(peak_lr=1e-3, min_lr_ratio=1.0, ema=0.5, state_dtype="bfloat16")
@@ -257,6 +262,7 @@ def test_frozen_parameters_keep_their_bits_and_have_no_moments():
     assert {str(leaf.dtype) for leaf in moments} == {"bfloat16"}
 
 
+@pytest.mark.slow
 def test_an_average_is_kept():
     o = OptimConfig(peak_lr=1e-2, min_lr_ratio=1.0, ema=0.5)
     states = [optimized(MESHES[0], o=o, steps=steps)[2] for steps in (1, 2)]

@@ -28,6 +28,7 @@ def unbroken(tmp_path_factory):
     return workdir, finished
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_its_folder_is_a_checkpoint(unbroken):
     workdir, finished = unbroken
     found = losses(workdir)
@@ -53,6 +54,7 @@ def stopped(workdir, at, **changes):
     return train(config, log)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2), (1, 8, 1)], ids=str)
 def test_a_terminated_run_goes_on_as_if_nothing_had_happened(unbroken, mesh, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path.parent)
@@ -68,6 +70,7 @@ def test_a_terminated_run_goes_on_as_if_nothing_had_happened(unbroken, mesh, tmp
         np.testing.assert_allclose(list(found.values()), list(wanted.values()), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_killed_run_loses_nothing(tmp_path):
     """Five kills at random moments; every step's loss has the bits of an unbroken run's."""
     script = tmp_path / "config.py"
@@ -111,6 +114,7 @@ def _size(path):
     return path.stat().st_size if path.exists() else 0
 
 
+@pytest.mark.slow
 def test_records_that_cannot_be_used_are_left_out_counted_and_named(tmp_path):
     bad = [{"image": "gone.png", "conversations": [{"from": "gpt", "value": "x"}]}, {"no": 1}]
     lines = (GOLDEN_RUN / "data.jsonl").read_text().splitlines() + [json.dumps(one) for one in bad]
@@ -134,6 +138,7 @@ def test_records_that_cannot_be_used_are_left_out_counted_and_named(tmp_path):
         train(dataclasses.replace(config, data=data, workdir=str(tmp_path / "strict"), steps=50))
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_records(tmp_path):
     optim = dataclasses.replace(CONFIG.optim, peak_lr=1e30)
     with raises("step [23]: loss is", "nothing of it was saved", "data.jsonl:[1234]"):
@@ -152,6 +157,7 @@ def test_another_configuration_does_not_go_on_with_a_run(unbroken, tmp_path):
     assert again.step == 6
 
 
+@pytest.mark.slow
 def test_lora_trains_little_saves_little_and_exports(unbroken, tmp_path, capsys):
     config = dataclasses.replace(CONFIG, lora=LoraConfig(rank=2), workdir=str(tmp_path / "run"))
     stopped(tmp_path / "run", 3, lora=config.lora)

@@ -45,6 +45,7 @@ def source(tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["from_hf", "to_hf"])
 def test_a_killed_conversion_leaves_nothing_that_looks_complete(command, source, tmp_path, capfd):
     start = source / ("hf" if command == "from_hf" else "ours")

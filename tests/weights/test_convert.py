@@ -29,6 +29,7 @@ def converted(tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", QK_LAYOUTS)
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize(("dtype", "shard_size"), [("BF16", "5GB"), ("F32", "400KB")])
@@ -238,6 +239,7 @@ def test_official_model_loads_our_export(converted, tmp_path):
         np.testing.assert_allclose(np.load(saved), wanted, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_init_params_and_the_key_table_agree(tmp_path):
     """Random parameters survive export and loading, whatever the layout."""
     for layout in QK_LAYOUTS:

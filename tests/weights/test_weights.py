@@ -58,6 +58,7 @@ def test_parameter_counts(c, layout, tied, count):
     assert count_params(c) == count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", QK_LAYOUTS)
 def test_every_layout_agrees_with_the_numpy_reference(layout, tmp_path):
     c = dataclasses.replace(TINY, qk_layout=layout, rope_theta=1e3, rope_theta_hw=50.0)
