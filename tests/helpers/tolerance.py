@@ -1,0 +1,18 @@
+"""How near two arrays must be: relative to the largest element, so that the processor is no matter.
+
+An element near 0 is a sum of terms as large as the others', and has their rounding errors.
+"""
+
+import jax
+import numpy as np
+
+
+def assert_close(found, wanted, tolerance: float) -> None:
+    """max |found - wanted| <= tolerance * max |wanted|, for arrays or for each array of two trees."""
+    jax.tree.map(lambda one, other: _assert_close(one, other, tolerance), found, wanted)
+
+
+def _assert_close(found, wanted, tolerance: float) -> None:
+    found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
+    largest = np.max(np.abs(wanted), initial=0)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance * largest)
