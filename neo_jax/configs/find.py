@@ -1,4 +1,4 @@
-"""Finds a config by its file or name, and what it needs to run on a certain pod."""
+"""Finds a config by its file or name, and its settings for a pod."""
 
 import importlib.util
 from pathlib import Path
@@ -16,7 +16,7 @@ def find_config(name: str) -> ModuleType:
     """The module of a config: a Python file with `get_config() -> Config`, or one of NAMES.
 
     Raises:
-      InputError: when it is not there or has no get_config().
+      InputError: if there is no such file, or it has no get_config().
     """
     path = FOLDER / f"{name}.py" if name in NAMES else Path(name)
     if not path.is_file():
@@ -32,10 +32,10 @@ def find_config(name: str) -> ModuleType:
 
 
 def on_pod(config: Config, name: str, pod: str) -> Config:
-    """The config with the mesh, rows and rematerialisation that `configs/pods.py` has for a pod.
+    """The config with the mesh, rows and rematerialisation of a pod, from `configs/pods.py`.
 
     Raises:
-      InputError: for a config or a pod that is not in that table.
+      InputError: for a config or a pod that the table does not have.
     """
     table = {p: settings for (stem, p), settings in PODS.items() if stem == Path(name).stem}
     if not table:

@@ -1,4 +1,4 @@
-"""The published sizes, and a tiny one of the same shape for tests and laptops."""
+"""Model sizes: the published ones, and a tiny one for tests and laptops."""
 
 from neo_jax.model_config import ModelConfig
 

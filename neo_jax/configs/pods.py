@@ -1,14 +1,14 @@
-"""How each stage and size runs on each pod: chosen with `python -m neo_jax.plan`, see docs/pods.md.
+"""The settings of each stage and size on each pod, chosen with `neo-ov plan`; see docs/pods.md.
 
-`python train.py configs/neo_ov_9b_sft.py --pod v5e-256 ...` puts a row's settings in; those on the
-line come after them. A pod's name counts as the cloud does: v5p by cores, two to a chip.
+`neo-ov train neo_ov_9b_sft --pod v5e-256 ...` applies them; settings on the command line come after
+them. A pod has the cloud's name: v5p counts cores, two to a chip.
 
-Steps and rows stay those of the stage, but for a 9B on v5e-16: 128 rows, on a small pod as
-micro-batches one after the other. Where a row is too long for a chip, `context` splits it, and
-parameters with it.
+Steps and rows are those of the stage, except for a 9B on v5e-16. A small pod takes the 128 rows as
+micro-batches, one after the other. Where a row is too long for a chip, the mesh axis `context`
+splits it, and also shards the parameters.
 """
 
-# (config, pod) -> settings, as on the line of train.py
+# (config, pod) -> settings, as on the command line
 PODS: dict[tuple[str, str], tuple[str, ...]] = {}
 
 _MESHES = {  # data, fsdp, tensor, context
@@ -21,14 +21,14 @@ _MESHES = {  # data, fsdp, tensor, context
     "v6e-64": (1, 64, 1, 1),
     "v6e-256": (1, 128, 1, 2),
 }
-# What memory lets the backward pass keep, by size and stages, in the order of the meshes.
+# The rematerialisation that memory allows, by size and stages, in the order of the meshes.
 _REMAT = {
     "2b pt": "mlp mlp mlp products products mlp mlp products",
     "2b mt sft": "attention attention attention products products attention attention mlp",
     "9b pt": "full attention attention products products attention attention mlp",
     "9b mt sft": "full full attention products products full attention gate",
 }
-_ROWS = 128  # of a step, as configs/stages.py
+_ROWS = 128  # of a step, as in configs/stages.py
 
 for _name, _policies in _REMAT.items():
     _size, *_stages = _name.split()
@@ -41,7 +41,7 @@ for _name, _policies in _REMAT.items():
                 f"remat={_remat}",
             )
 
-# All that 16 chips of v5e can do for all of a 9B: half the rows, and moments in bfloat16.
+# To train all of a 9B, 16 chips of v5e have memory for half the rows, with moments in bfloat16.
 for _stage in ("mt", "sft"):
     PODS[f"neo_ov_9b_{_stage}", "v5e-16"] = (
         "mesh=(1, 2, 2, 4)",

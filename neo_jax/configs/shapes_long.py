@@ -1,6 +1,6 @@
-"""The embedded default for longer: until two things and how they stand to each other are learnt.
+"""The default config for longer: until the model learns two objects and their relation.
 
-Two and a half times as many steps, and a curriculum that comes to mostly two things.
+It has 2.3 times as many steps, and a curriculum that ends with mostly two objects.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
-"""The embedded default: a tiny NEO learns to answer questions about drawn pictures.
+"""The default config: a tiny NEO learns to answer questions about synthetic images.
 
-Everything is drawn here, so nothing is downloaded, and it ends within minutes on two CPU cores.
+The images are made in memory, so nothing is downloaded. It takes minutes on two CPU cores.
 """
 
 from neo_jax.data.pipeline import DataConfig
@@ -59,7 +59,7 @@ def get_config() -> Config:
 
 
 def after(config: Config, finished: Finished) -> None:
-    """Held-out accuracy, beside what a blind model reaches; plots; and how to try the model."""
+    """Reports the held-out accuracy, draws figures, and prints a command that asks the model."""
     neo = Pipeline(finished.config, finished.params, finished.tokenizer, finished.mesh)
     report(neo, config.workdir)
     print(

@@ -84,15 +84,15 @@ def largest_all_gather(totals: Totals) -> tuple[int, str]:
     return (largest.largest, f"{largest.array} {largest.op_name}") if largest else (0, "")
 
 
-def model_flops(c: ModelConfig, trained: Sequence[str], rows: Sequence[Row]) -> float:
+def model_flops(c: ModelConfig, trainable: Sequence[str], rows: Sequence[Row]) -> float:
     """Products that training on rows needs, by the keys that their tokens see; padding needs none.
 
     Args:
-      trained: path rules; the weights of what is frozen have no gradients.
+      trainable: path rules; the weights of what is frozen have no gradients.
     """
     tokens = sum(row.tokens for row in rows)
     patches = 4 * sum(row.image_tokens for row in rows)
-    return flops_per_batch(c, tokens, patches, sum(row.keys for row in rows), trained)
+    return flops_per_batch(c, tokens, patches, sum(row.keys for row in rows), trainable)
 
 
 def axis_names(dimension: str) -> tuple[str, ...]:

@@ -16,8 +16,8 @@ from neo_jax.errors import InputError
 from neo_jax.model.neo import abstract_params
 from neo_jax.model_config import PATCH_CHANNELS, ModelConfig
 from neo_jax.plan.topology import standard_error
-from neo_jax.train import trainable
-from neo_jax.train.step import first_state, join_of, make_step
+from neo_jax.train import param_paths
+from neo_jax.train.step import first_state, make_merge_params, make_step
 from neo_jax.train.train_config import Config
 
 _REMATERIALIZED = "Involuntary full rematerialization"
@@ -136,7 +136,7 @@ def training_state(c: Config, model: ModelConfig, mesh: Mesh) -> dict:
       InputError: when the mesh does not divide the parameters.
     """
     params = abstract_params(model, mesh)
-    paths = trainable.matching(params, c.lora.targets if c.lora.rank else c.trained)
+    paths = param_paths.matching(params, c.lora.targets if c.lora.rank else c.trainable)
 
     made = jax.eval_shape(lambda params: first_state(c, model, params, paths), params)
     return place(made, mesh)
@@ -169,5 +169,5 @@ def lower_training(c: Config, model: ModelConfig, mesh: Mesh) -> jax.stages.Lowe
     """The train step of a run with this config."""
     with jax.set_mesh(mesh):
         state, batch = training_arguments(c, model, mesh)
-        step = make_step(model, c.optim, c.steps, c.remat, join_of(c), c.attention)
+        step = make_step(model, c.optim, c.steps, c.remat, make_merge_params(c), c.attention)
         return step.lower(state, batch)

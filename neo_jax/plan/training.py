@@ -104,9 +104,9 @@ def _with_costs(plan: Plan, program: Compiled, config, model, mesh: Mesh, slice_
     tensor = tensor_size(mesh)
     counted = attention(chip, model, rows, per_device * tensor / config.micro_batches, tensor)
     totals = costs.read(program.text, slice_, mesh, counted.work)
-    trained = () if config.lora.rank else config.trained
+    trainable = () if config.lora.rank else config.trainable
     times = costs.times(totals, chip)
-    flops = costs.model_flops(model, trained, rows) / len(rows) * per_device
+    flops = costs.model_flops(model, trainable, rows) / len(rows) * per_device
     tokens = sum(row.tokens for row in rows) / len(rows)
     keys = sum(row.keys for row in rows) / sum(row.tokens for row in rows)
     ideal = flops / chip.flops
@@ -186,7 +186,7 @@ def _request(c: Config, model, slice_: Topology, mesh: Mesh, options) -> dict:
 
 def _memory(program: Compiled, state: dict, batch: dict, slice_: Topology) -> MemoryUse:
     kinds = {
-        "parameters": device_bytes(state["trained"]) + device_bytes(state["frozen"]),
+        "parameters": device_bytes(state["trainable"]) + device_bytes(state["frozen"]),
         "optimizer": device_bytes(state["opt"]) + device_bytes(state.get("ema", {})),
         "batch": device_bytes(batch),
     }

@@ -1,11 +1,11 @@
 """Checkpoints of a run: parameters, optimizer, data iterator, counts. Written in the background.
 
 WORKDIR/checkpoints/STEP/
-  params/     all parameters, as `infer.py` and `convert.to_hf` read them: the average where one is
-              kept; with LoRA its factors
-  optimizer/  moments, the step, and the trained parameters themselves where an average is kept
-  data/       where each host's iterator stands
-  counts/     of records so far
+  params/     all parameters, for inference and export: their average if one is kept; with LoRA
+              only the factors
+  optimizer/  moments and the step; if an average is kept, also the trainable parameters
+  data/       the state of each host's data iterator
+  counts/     numbers of records so far: all, bad, too long
 """
 
 from collections.abc import Mapping
@@ -18,24 +18,29 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as managers
 
 from neo_jax.errors import InputError
-from neo_jax.train import trainable
+from neo_jax.train import param_paths
 from neo_jax.train.step import State
+
+# The key of the trainable parameters in `optimizer/`. Runs have it on disk: do not rename it.
+_TRAINABLE_ON_DISK = "trained"
 
 
 class Checkpoints:
-    """What a run has saved; a context manager that waits for what is being written.
+    """Saves and restores a run's state. A context manager: its end waits for unfinished writes.
 
     Args:
-      keep: the newest that are kept.
-      keep_every: steps; those divisible by it are kept for ever; 0 is none.
-      only_trained: save no frozen parameters; they are those of the run's start.
+      keep: how many of the newest are kept.
+      keep_every: checkpoints of steps divisible by it are kept for ever; 0: none.
+      only_trainable: save no frozen parameters; they are those of the run's start.
     """
 
-    def __init__(self, workdir: epath.Path, keep: int, keep_every: int, only_trained: bool = False):
+    def __init__(
+        self, workdir: epath.Path, keep: int, keep_every: int, only_trainable: bool = False
+    ):
         policies = [managers.LatestN(keep)]
         if keep_every:
             policies.append(managers.EveryNSteps(keep_every))
-        self._only_trained = only_trained
+        self._only_trainable = only_trainable
         self._manager = ocp.CheckpointManager(
             workdir / "checkpoints",
             options=ocp.CheckpointManagerOptions(
@@ -52,11 +57,11 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """The last step that was saved whole."""
+        """The newest step whose checkpoint is complete; None if there is none."""
         return self._manager.latest_step()
 
     def save(self, state: State, data: grain.DatasetIterator, counts: Mapping[str, int]) -> None:
-        """Saves under the state's step; returns as soon as the state may change."""
+        """Saves under the state's step. Returns as soon as the state may be donated."""
         step = int(state["step"])
         if step == self.latest:
             return
@@ -72,10 +77,13 @@ class Checkpoints:
         )
 
     def restore(self, state: State, data: grain.DatasetIterator) -> tuple[State, dict[str, int]]:
-        """The latest state, shaped and placed like `state`, whose arrays it replaces; the counts.
+        """The state and the counts of the newest checkpoint; sets `data` to its place.
+
+        Args:
+          state: gives shapes, types and shardings.
 
         Raises:
-          InputError: naming the directory, when it does not fit this run or is damaged.
+          InputError: naming the directory, if it does not fit this run or is damaged.
         """
         params, optimizer = jax.tree.map(_abstract, self._parts(state))
         step = self.latest
@@ -89,22 +97,31 @@ class Checkpoints:
                     counts=ocp.args.JsonRestore(),
                 ),
             )
-        except Exception as error:  # what Orbax raises for damage is of many kinds
+        except Exception as error:  # Orbax raises many kinds for damage
             where = self._manager.directory / str(step)
             raise InputError(f"{where}: cannot resume from it: {error}") from error
-        shown, frozen = trainable.split(found["params"], trainable.paths(state["trained"]))
-        if self._only_trained:
+        saved, optimizer = found["params"], found["optimizer"]
+        trainable, frozen = param_paths.split_params(
+            saved, param_paths.all_paths(state["trainable"])
+        )
+        if self._only_trainable:
             frozen = state["frozen"]
-        name = "ema" if "ema" in state else "trained"
-        return {name: shown, "frozen": frozen, **found["optimizer"]}, found["counts"]
+        restored = {"frozen": frozen, "opt": optimizer["opt"], "step": optimizer["step"]}
+        if "ema" in state:
+            restored |= {"ema": trainable, "trainable": optimizer[_TRAINABLE_ON_DISK]}
+        else:
+            restored["trainable"] = trainable
+        return restored, found["counts"]
 
     def _parts(self, state: State) -> tuple[dict, dict]:
-        """What others read, and what only the run needs."""
+        """The trees of `params/` and of `optimizer/`."""
         optimizer = {name: state[name] for name in ("opt", "step")}
         if "ema" in state:
-            optimizer["trained"] = state["trained"]
-        params = state.get("ema", state["trained"])
-        return params if self._only_trained else trainable.merge(params, state["frozen"]), optimizer
+            optimizer[_TRAINABLE_ON_DISK] = state["trainable"]
+        params = state.get("ema", state["trainable"])
+        if not self._only_trainable:
+            params = param_paths.merge_params(params, state["frozen"])
+        return params, optimizer
 
 
 def _abstract(array: jax.Array) -> Any:

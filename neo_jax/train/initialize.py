@@ -1,4 +1,4 @@
-"""What a run starts from: model, tokenizer, parameters; and the files that describe it."""
+"""Start of a run: its mesh, model, tokenizer and parameters, and the files that describe it."""
 
 import dataclasses
 import json
@@ -20,13 +20,13 @@ from neo_jax.errors import InputError
 from neo_jax.model.neo import abstract_params, init_params
 from neo_jax.model_config import ModelConfig
 from neo_jax.sharding import make_mesh
-from neo_jax.train.train_config import Config
+from neo_jax.train.train_config import RENAMED, Config
 from neo_jax.weights.checkpoint import DESCRIPTION, describe
 from neo_jax.weights.directory import side_files
 from neo_jax.weights.load import load_params, side_directory
 
-# Settings that a run may be resumed with other values of: they do not change what is computed, or
-# only how far or how often. With other `steps` the learning rate goes on along their cosine.
+# Settings that may differ when a run is resumed: they do not change what a step computes. With
+# other `steps` the learning rate goes on along their cosine.
 MAY_CHANGE = {
     *("workdir", "mesh", "steps", "held_out", "log_every", "eval_every", "eval_batches"),
     *("save_every", "keep", "keep_every", "profile", "remat", "attention"),
@@ -38,15 +38,15 @@ OF_A_MODEL = ("config.json", "generation_config.json")
 
 
 def run_folder(workdir: str) -> epath.Path:
-    """The folder of a run. A local one is absolute, as Orbax asks for."""
+    """The folder of a run. A local one is made absolute, as Orbax requires."""
     return epath.Path(workdir if "://" in workdir else os.path.abspath(workdir))
 
 
 def run_mesh(sizes: tuple[int, ...]) -> Mesh:
-    """The mesh of a run; a size of -1 takes the devices that the others leave.
+    """The mesh of a run; a size of -1 stands for all devices that are left.
 
     Raises:
-      InputError: for sizes that do not divide the devices, or leave a host without any.
+      InputError: if the sizes do not divide the devices, or leave a host without any.
     """
     count, known = jax.device_count(), math.prod(size for size in sizes if size != -1)
     if sizes.count(-1) > 1 or known < 1 or min(sizes) < -1 or count % known:
@@ -62,12 +62,12 @@ def starting_point(c: Config, mesh: Mesh) -> tuple[ModelConfig, NeoTokenizer, di
     """The model, its tokenizer and its float32 parameters on the mesh.
 
     Raises:
-      InputError: when there is nothing to start from, or it does not fit together.
+      InputError: if there is nothing to start from, or model, tokenizer and mesh do not fit.
     """
     if bool(c.start) == bool(c.model):
         raise InputError("give either start=DIRECTORY, a checkpoint, or a config with a model")
     if c.lora.rank and not c.start:
-        raise InputError("lora changes a model that is there: give start=DIRECTORY")
+        raise InputError("lora adapts an existing model: give start=DIRECTORY")
     if c.start:
         model, params = load_params(c.start, "float32", mesh)
         model = dataclasses.replace(model, dtype=c.dtype)
@@ -75,7 +75,7 @@ def starting_point(c: Config, mesh: Mesh) -> tuple[ModelConfig, NeoTokenizer, di
     else:
         model = dataclasses.replace(c.model, dtype=c.dtype)
         tokenizer = _tokenizer(c.tokenizer)
-        abstract_params(model, mesh)  # whether the mesh divides them
+        abstract_params(model, mesh)  # raises if the mesh does not divide them
         with jax.set_mesh(mesh):
             params = _new_params(model, c.seed, c.init_scale)
     if tokenizer.vocab_size > model.vocab_size:
@@ -89,14 +89,14 @@ def starting_point(c: Config, mesh: Mesh) -> tuple[ModelConfig, NeoTokenizer, di
 def write_run(
     c: Config, model: ModelConfig, tokenizer: NeoTokenizer, data: str, paths: Sequence[str]
 ) -> None:
-    """Writes what the run is into its folder, or checks that it is the one that is there.
+    """Writes the description of a new run into its folder, or checks that of a run to resume.
 
     Args:
-      data: the fingerprint of what it is trained on.
-      paths: of the parameters that are trained, or with LoRA changed.
+      data: the fingerprint of the training data.
+      paths: of the trainable parameters, or with LoRA of the matrices that have factors.
 
     Raises:
-      InputError: naming the settings that differ from those of the run to be resumed.
+      InputError: naming the settings in which the run to resume differs.
     """
     workdir = run_folder(c.workdir)
     settings = json.loads(json.dumps(dataclasses.asdict(c)))
@@ -113,7 +113,7 @@ def write_run(
                 + ". Set them back, or use another workdir"
             )
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("all have looked")
+        multihost_utils.sync_global_devices("run.json checked")
     if jax.process_index() or path.exists():
         return
     workdir.mkdir(parents=True, exist_ok=True)
@@ -130,7 +130,7 @@ def write_run(
     content = {"config": settings, "data": data, "versions": versions, "devices": devices}
     partial = path.with_name(f".{RUN}")
     partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.rename(path)  # last and at once: a kill leaves a run, or none
+    partial.rename(path)  # last, and atomic: after a kill there is a run or there is none
 
 
 def _tokenizer(directory: str) -> NeoTokenizer:
@@ -142,12 +142,12 @@ def _tokenizer(directory: str) -> NeoTokenizer:
 
 
 def _side_files(c: Config, tokenizer: NeoTokenizer) -> dict[str, str]:
-    """Tokenizer and configuration files, so that the run's folder is a whole checkpoint."""
+    """Tokenizer and configuration files, by name: with them the folder is a checkpoint."""
     if c.tokenizer == synthetic.NAME:
         return {"tokenizer.json": tokenizer.to_json()}
     start = side_files(side_directory(c.start)) if c.start else []
     others = side_files(Path(c.tokenizer)) if c.tokenizer else start
-    # A tokenizer's directory may be another model's.
+    # The directory of a tokenizer may hold another model's configuration.
     paths = [path for path in others if path.name not in OF_A_MODEL]
     paths += [path for path in start if path.name in OF_A_MODEL]
     return {path.name: path.read_text() for path in paths}
@@ -167,7 +167,8 @@ def _new_params(model: ModelConfig, seed: int, scale: float) -> dict:
 def _changes(before: dict, now: dict) -> list[str]:
     def flat(config):
         data = {f"data.{k}": v for k, v in config["data"].items() if k not in MAY_CHANGE_IN_DATA}
-        rest = {k: v for k, v in config.items() if k not in MAY_CHANGE and k != "data"}
+        rest = {RENAMED.get(k, k): v for k, v in config.items()}
+        rest = {k: v for k, v in rest.items() if k not in MAY_CHANGE and k != "data"}
         return rest | data
 
     before, now = flat(before), flat(now)

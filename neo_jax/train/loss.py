@@ -1,9 +1,9 @@
-"""The training loss: weighted next-token cross-entropy, a part of the logits at a time.
+"""The training loss: weighted next-token cross-entropy, computed for a chunk of tokens at a time.
 
-[B, L, V] logits in float32 never exist: tokens are taken `CHUNK` at a time, and the gradient of the
-loss with respect to their features and the head is computed while their logits are there. So the
-head's product runs three times, not four as with rematerialisation, and its gradient is summed over
-all chunks in float32 before devices exchange it, once, in the features' type.
+[B, L, V] logits in float32 never exist. While the logits of a chunk are there, the gradients of the
+loss by its features and by the head are computed as well. So the head's product runs three times,
+not four as with rematerialisation. The head's gradient is summed over all chunks in float32.
+Devices exchange it once, in the type of the features.
 """
 
 import functools
@@ -24,10 +24,10 @@ CHUNK = 1024  # tokens whose logits exist at once, on each device
 def loss_of(
     c: ModelConfig, params: dict, batch: Batch, remat: str = "none", attention: str = "auto"
 ) -> jax.Array:
-    """sum(weights * cross-entropy) of a device's part of a batch (`batch.py`); a scalar.
+    """sum(weights * cross-entropy) of a device's part of a batch (`batch.py`): a scalar.
 
-    For `shard_map_over_data`. Over all devices it is a mean when the weights of the batch, or of
-    all micro-batches together, sum to 1. `remat` and `attention` as in `Neo.features`.
+    For `shard_map_over_data`. Summed over all devices it is a mean if the weights of the batch, or
+    of all micro-batches together, sum to 1. `remat` and `attention` as in `Neo.features`.
     """
     neo = bind(c, params)
     y_btd = neo.features(batch, remat, attention)
@@ -42,8 +42,8 @@ def cross_entropy(
     """sum over b, t of weights * (logsumexp(logits) - logits[targets]), logits = y @ head.T.
 
     Args, on each device:
-      y_btd: [B, T, D] features; products run in its type.
-      head_vd: [V, D] its part of the parameter, as it is stored.
+      y_btd: [B, T, D] features; products run in their type.
+      head_vd: [V, D] the device's part of the parameter.
       targets_bt: [B, T] int, below V.
       weights_bt: [B, T] float32.
 
@@ -66,7 +66,7 @@ cross_entropy.defvjp(_forward, _backward)
 
 
 def _run(y_btd, head_vd, targets_bt, weights_bt, *, with_gradients: bool):
-    """The loss and, with gradients, those of `y_btd` and of the device's part of `head_vd`."""
+    """The loss; with gradients, also those by `y_btd` and by the device's part of `head_vd`."""
     local, vocab = functools.partial(_on_device, with_gradients=with_gradients), spec("vocab", None)
     run = jax.shard_map(
         local,

@@ -1,4 +1,4 @@
-"""What a run says of itself: a line now and then, `metrics.jsonl`, TensorBoard; FLOPs and MFU."""
+"""Metrics of a run as files (`metrics.jsonl`, TensorBoard), and the FLOPs that MFU is made of."""
 
 import json
 import math
@@ -10,9 +10,9 @@ from flax import traverse_util
 
 from neo_jax.model.neo import abstract_params
 from neo_jax.model_config import ModelConfig
-from neo_jax.train import trainable
+from neo_jax.train import param_paths
 
-# Dense bfloat16 products per second of one device, by what `device_kind` starts with.
+# Dense bfloat16 FLOP/s of one device, by the start of its `device_kind`.
 PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -27,10 +27,11 @@ PEAK_FLOPS = {
 
 
 class Metrics:
-    """Writes named numbers by step; only the first process does. A context manager.
+    """Writes named numbers by step. Only the first process does. A context manager.
 
     Args:
-      resumed_at: lines of later steps, left by a run that was stopped, are dropped.
+      resumed_at: the step of the checkpoint. Lines of later steps are dropped: they are of a run
+        that was stopped, and its steps are taken again.
     """
 
     def __init__(self, workdir: epath.Path, resumed_at: int):
@@ -41,11 +42,11 @@ class Metrics:
 
         self._path, kept = workdir / "metrics.jsonl", []
         if self._path.exists():
-            lines = [line for line in self._path.read_text().splitlines() if _is_whole(line)]
+            lines = [line for line in self._path.read_text().splitlines() if _is_complete(line)]
             kept = [line for line in lines if json.loads(line)["step"] <= resumed_at]
         partial = workdir / ".metrics.jsonl"
         partial.write_text("".join(f"{line}\n" for line in kept))
-        partial.replace(self._path)  # at once: a kill loses nothing
+        partial.replace(self._path)  # atomic: a kill loses nothing
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resumed_at + 1)
 
     def __enter__(self) -> "Metrics":
@@ -64,7 +65,7 @@ class Metrics:
 
 
 def append_line(path: epath.Path, line: str) -> None:
-    """Adds a line to a small file; object stores cannot append, so there it is written anew."""
+    """Adds a line to a small file. Object stores cannot append: there the file is rewritten."""
     if "://" in str(path):
         before = path.read_text() if path.exists() else ""
         path.write_text(f"{before}{line}\n")
@@ -74,17 +75,17 @@ def append_line(path: epath.Path, line: str) -> None:
 
 
 def flops_per_batch(
-    c: ModelConfig, tokens: int, patches: int, keys: float, trained: Sequence[str] = (".*",)
+    c: ModelConfig, tokens: int, patches: int, keys: float, trainable: Sequence[str] = (".*",)
 ) -> float:
-    """Products that one training step needs, forward and backward, counted as multiply and add.
+    """FLOPs of matrix products that one train step needs, forward and backward.
 
     Args:
       tokens, patches: in the batch, without padding.
-      keys: that its tokens see, summed over tokens: what attention really needs.
-      trained: path rules; the weights of what is frozen have no gradients.
+      keys: the number of keys that each token attends to, summed over tokens.
+      trainable: path rules; frozen weights have no gradients.
     """
     params = abstract_params(c)
-    with_gradients = set(trainable.matching(params, trained)) if trained else set()
+    with_gradients = set(param_paths.matching(params, trainable)) if trainable else set()
     head = "embed" if c.tie_word_embeddings else "lm_head"
     products = 3 * keys * c.num_layers * c.num_attention_heads * (c.qk_width + c.head_dim)
     for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
@@ -101,14 +102,14 @@ def flops_per_batch(
 
 
 def peak_flops(devices: int) -> float | None:
-    """Of so many devices together; None where it is not known."""
+    """Dense bfloat16 FLOP/s of so many devices together; None for a kind not in the table."""
     kind = jax.devices()[0].device_kind
     known = [flops for name, flops in PEAK_FLOPS.items() if kind.startswith(name)]
-    # "TPU v5 lite" starts with "TPU v5" too: the smaller is the more precise name's.
+    # "TPU v5 lite" also starts with "TPU v5"; the smaller number is that of the longer name.
     return min(known) * devices if known else None
 
 
-def _is_whole(line: str) -> bool:
+def _is_complete(line: str) -> bool:
     try:
         return "step" in json.loads(line)
     except ValueError:

@@ -26,7 +26,7 @@ class OptimConfig:
     def __post_init__(self):
         if self.state_dtype not in ("float32", "bfloat16"):
             raise InputError(f"optim.state_dtype {self.state_dtype!r}: use float32 or bfloat16")
-        # Near 1 a second moment would never fall: bfloat16 rounds off what it loses in a step.
+        # With beta near 1 a second moment would never fall: bfloat16 rounds a step's decay away.
         if self.state_dtype == "bfloat16" and 1 - self.betas[1] < 2**-7:
             raise InputError(
                 f"optim.state_dtype bfloat16 is too coarse for optim.betas {self.betas}: use a "
@@ -53,7 +53,7 @@ def learning_rate(o: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(o: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """From gradients of the trained parameters to what is added to them."""
+    """AdamW behind global-norm clipping, for the trainable parameters."""
     adamw = optax.adamw(
         learning_rate(o, steps),
         *o.betas,
@@ -61,11 +61,11 @@ def make_optimizer(o: OptimConfig, steps: int) -> optax.GradientTransformation:
         weight_decay=o.weight_decay,
         mask=lambda params: _decay_mask(params, o.not_decayed),
     )
-    return optax.chain(optax.clip_by_global_norm(o.clip_norm), _stored(adamw, o.state_dtype))
+    return optax.chain(optax.clip_by_global_norm(o.clip_norm), _cast_state(adamw, o.state_dtype))
 
 
 def _decay_mask(params: dict, not_decayed: tuple[str, ...]) -> dict:
-    """The tree of which parameters decay."""
+    """Of a tree of parameters, the tree of bools: whether weight decay applies."""
 
     def decays(path, leaf):
         name = "/".join(entry.key for entry in path)
@@ -74,8 +74,8 @@ def _decay_mask(params: dict, not_decayed: tuple[str, ...]) -> dict:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def _stored(inner: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
-    """`inner` with its state kept in `dtype`, though it computes in float32."""
+def _cast_state(inner: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
+    """`inner` with its state kept in `dtype`. It still computes in float32."""
     if dtype == "float32":
         return inner
 

@@ -1,4 +1,4 @@
-"""How a run goes: loss, speed, fill of rows, use of the hardware."""
+"""Progress of a run: loss, speed, fill of rows, model FLOPs utilisation (MFU)."""
 
 import contextlib
 import math
@@ -20,10 +20,10 @@ from neo_jax.train.train_config import Config
 
 
 class Progress:
-    """A run's numbers, each step's looked at when the next step is on its way.
+    """Metrics of steps, read from the device after the next step was dispatched.
 
     Args:
-      counts: of records so far, which the run keeps up to date.
+      counts: numbers of records so far, which `BadRecords` keeps up to date.
     """
 
     def __init__(
@@ -41,19 +41,25 @@ class Progress:
         self._metrics, self._bar, self._log = metrics, bar, log
         self._share_count = data_shard(mesh)[1]  # processes that feed different records
         self._peak = peak_flops(mesh.size)
-        self._waiting: list = []
+        self._pending: list = []  # (step, metrics on the device, numbers of its records)
         self._since, self._steps = time.perf_counter(), 0
         self._sums: Counter = Counter()
 
-    def report_later(
+    def enqueue(
         self,
         step: int,
         numbers: Mapping[str, jax.Array],
         batch: Mapping[str, np.ndarray],
         waited: float,
     ) -> None:
-        """Takes what a step will give, the host's batch, and the seconds waited for that."""
-        self._waiting.append((step, numbers, batch["records"]))
+        """Adds a step that runs now; `flush` reads its metrics.
+
+        Args:
+          numbers: its metrics, on the device.
+          batch: of the host.
+          waited: seconds until the batch was there.
+        """
+        self._pending.append((step, numbers, batch["records"]))
         is_text = batch["segments"] > 0
         self._sums.update(
             tokens=int(is_text.sum()),
@@ -67,19 +73,19 @@ class Progress:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """For what is no step: compiling, saving, evaluating. It counts in no speed."""
+        """Keeps compiling, saving and evaluating out of the speed."""
         begin = time.perf_counter()
         yield
         self._since += time.perf_counter() - begin
 
-    def check(self, upto: int) -> None:
-        """Reads the numbers of steps before `upto`.
+    def flush(self, upto: int) -> None:
+        """Reads, checks and logs the metrics of steps before `upto`; waits for these steps.
 
         Raises:
           InputError: for a loss or gradient that is not finite, naming its records.
         """
-        while self._waiting and self._waiting[0][0] < upto:
-            step, numbers, records = self._waiting.pop(0)
+        while self._pending and self._pending[0][0] < upto:
+            step, numbers, records = self._pending.pop(0)
             numbers = {name: float(value) for name, value in numbers.items()}
             if not math.isfinite(numbers["loss"]) or not math.isfinite(numbers["grad_norm"]):
                 where = [self._mixture.where(int(number) - 1) for number in records[records > 0]]
@@ -109,9 +115,9 @@ class Progress:
             "records_too_long": self._counts["too long"],
         }
         if self._peak:
-            trained = () if self._c.lora.rank else self._c.trained
+            trainable = () if self._c.lora.rank else self._c.trainable
             counted = (sums[name] for name in ("tokens", "patches", "keys"))
-            flops = flops_per_batch(self._model, *counted, trained)
+            flops = flops_per_batch(self._model, *counted, trainable)
             numbers["mfu"] = flops * shares / seconds / self._peak
         self._metrics.write(step, numbers)
         self._log(
@@ -130,7 +136,7 @@ def _count_images(is_image: np.ndarray) -> int:
 
 
 def _count_keys(batch: Mapping[str, np.ndarray]) -> int:
-    """How many keys all tokens see together (`kernels/intervals.py`)."""
+    """The number of keys that each token attends to, summed over tokens."""
     total = 0
     for segments, t in zip(batch["segments"], batch["thw"][..., 0], strict=True):
         for segment in np.unique(segments[segments > 0]):

@@ -1,4 +1,4 @@
-"""What a training run is, as frozen dataclasses; how command lines change it; its JSON."""
+"""The settings of a training run as frozen dataclasses, their overrides, and their JSON."""
 
 import ast
 import dataclasses
@@ -19,6 +19,9 @@ from neo_jax.model_config import ModelConfig
 from neo_jax.sharding import batch_rows, describe, row_parts
 from neo_jax.train.optimizer import OptimConfig
 
+# Earlier names of settings, which old run folders and command lines have.
+RENAMED = {"trained": "trainable"}
+
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
@@ -38,23 +41,23 @@ class Config:
     It starts from the checkpoint at `start`, or from random parameters of `model`.
     """
 
-    workdir: str = ""  # of checkpoints, metrics and all else; a local folder or gs://...
-    start: str = ""  # a published directory or one of ours; also gives model and tokenizer
-    model: ModelConfig | None = None  # of a model from scratch; None: of `start`
-    tokenizer: str = ""  # a directory with its files; default: of `start`
+    workdir: str = ""  # for checkpoints, metrics and all other files; local, or gs://...
+    start: str = ""  # a published or converted checkpoint, or a run; gives model and tokenizer
+    model: ModelConfig | None = None  # to train from scratch; None: the model of `start`
+    tokenizer: str = ""  # a directory with its files; default: that of `start`
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     held_out: str = ""  # a mixture; its loss is measured every `eval_every` steps
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
-    trained: tuple[str, ...] = (".*",)  # path rules; every other parameter is frozen
+    trainable: tuple[str, ...] = (".*",)  # path rules; every other parameter is frozen
     steps: int = 1000
-    seed: int = 0  # of new parameters, of the order of records, of frames of videos
-    init_scale: float = 1.0  # new matrices are drawn from N(0, (0.02 * init_scale)^2)
-    dtype: str = "bfloat16"  # of matrix products; trained parameters are float32
-    # data, fsdp, tensor and, to split rows too, context; -1: what is left of the devices
+    seed: int = 0  # of new parameters, the order of records, and the rates of video frames
+    init_scale: float = 1.0  # new matrices are sampled from N(0, (0.02 * init_scale)^2)
+    dtype: str = "bfloat16"  # of matrix products; trainable parameters are float32
+    # data, fsdp, tensor and, to split rows too, context; -1: all devices that are left
     mesh: tuple[int, ...] = (1, -1, 1)
     micro_batches: int = 1  # of each step, one after the other
-    remat: str = "full"  # what the backward pass computes again, see model/decoder.py
+    remat: str = "full"  # what the backward pass recomputes, see model/decoder.py
     attention: str = "auto"  # see kernels/interval_attention.py
     log_every: int = 10  # steps
     eval_every: int = 0  # steps; 0: only at the end
@@ -62,7 +65,7 @@ class Config:
     save_every: int = 1000  # steps
     keep: int = 3  # the newest checkpoints
     keep_every: int = 0  # steps; those are kept for ever. 0: none
-    profile: tuple[int, int] = (0, 0)  # first and last step that are traced; (0, 0): none
+    profile: tuple[int, int] = (0, 0)  # first and last step of a trace; (0, 0): none
 
     def __post_init__(self):
         if self.remat not in REMAT_POLICIES:
@@ -81,7 +84,7 @@ class Config:
             )
 
     def check_mesh(self, mesh: Mesh) -> None:
-        """Raises InputError when the mesh does not divide the rows, or the columns it splits."""
+        """Raises InputError if the mesh does not divide the rows, or the tokens of a row."""
         parts, context = batch_rows(mesh), row_parts(mesh)
         if self.data.rows % (self.micro_batches * parts):
             raise InputError(
@@ -98,17 +101,16 @@ class Config:
 
 
 def override(config: Any, settings: Sequence[str]) -> Any:
-    """A copy with settings such as "optim.peak_lr=1e-5" put in.
+    """A copy of a config with settings such as "optim.peak_lr=1e-5" applied.
 
     Raises:
-      InputError: for a name that is not there, with the nearest that is, or a value of another
-        type.
+      InputError: for an unknown name, with the nearest known one, or a value of another type.
     """
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals:
             raise InputError(f"{setting!r}: write name=value, such as optim.peak_lr=1e-5")
-        config = _replaced(config, name.split("."), text, name)
+        config = _replace(config, RENAMED.get(name, name).split("."), text, name)
     return config
 
 
@@ -116,7 +118,7 @@ def to_json(config: Any) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2)
 
 
-def _replaced(config: Any, path: Sequence[str], text: str, whole: str) -> Any:
+def _replace(config: Any, path: Sequence[str], text: str, whole: str) -> Any:
     names = [field.name for field in dataclasses.fields(config)]
     if path[0] not in names:
         near = difflib.get_close_matches(path[0], names, 1)
@@ -126,13 +128,13 @@ def _replaced(config: Any, path: Sequence[str], text: str, whole: str) -> Any:
     if len(path) > 1:
         if not dataclasses.is_dataclass(old):
             raise InputError(f"{whole}: {path[0]} has no settings of its own")
-        return dataclasses.replace(config, **{path[0]: _replaced(old, path[1:], text, whole)})
+        return dataclasses.replace(config, **{path[0]: _replace(old, path[1:], text, whole)})
     hint = typing.get_type_hints(type(config))[path[0]]
-    return dataclasses.replace(config, **{path[0]: _parsed(text, hint, whole)})
+    return dataclasses.replace(config, **{path[0]: _parse(text, hint, whole)})
 
 
-def _parsed(text: str, hint: Any, whole: str) -> Any:
-    """The value that a text means for a field of this type."""
+def _parse(text: str, hint: Any, whole: str) -> Any:
+    """The value of a setting's text, for a field of this type."""
     if hint is str:
         return text
     try:

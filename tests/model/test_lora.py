@@ -15,7 +15,7 @@ from neo_jax.collectives import shard_map_over_data
 from neo_jax.model import layers, lora
 from neo_jax.model.int8 import SUMMED
 from neo_jax.sharding import make_mesh, partition_spec, spec
-from neo_jax.train import trainable
+from neo_jax.train import param_paths
 from neo_jax.train.step import loss_and_gradients
 
 SCALE = 0.5
@@ -61,9 +61,11 @@ def test_a_change_below_the_rounding_of_a_weight_counts(shape, equation):
 
 
 @functools.cache
-def factors_and_gradients(shape, join):
+def factors_and_gradients(shape, merge):
     neo = load_case("packed_train", shape)
-    paths = [p for p in trainable.paths(neo.params) if "/" in p and p.rpartition("/")[2] in SUMMED]
+    paths = [
+        p for p in param_paths.all_paths(neo.params) if "/" in p and p.rpartition("/")[2] in SUMMED
+    ]
     with jax.set_mesh(neo.mesh):
         make = jax.jit(lambda params: lora.new_factors(params, paths, 2, jax.random.key(0)))
         random = np.random.default_rng(0)
@@ -73,8 +75,8 @@ def factors_and_gradients(shape, join):
         )
         batch = micro_batches(packed(rows=4), 1, neo.mesh)
         run = functools.partial(loss_and_gradients, neo.config, remat="projections")
-        join = functools.partial(join, scale=SCALE)
-        return jax.jit(functools.partial(run, join=join))(factors, neo.params, batch)
+        merge = functools.partial(merge, scale=SCALE)
+        return jax.jit(functools.partial(run, merge_params=merge))(factors, neo.params, batch)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from neo_jax.model.neo import abstract_params, count_params
 from neo_jax.plan import attention_cycles, costs, hlo, packing
 from neo_jax.plan.chips import CHIPS
 from neo_jax.plan.kernel_costs import BLOCK, PRODUCTS, STREAMED
-from neo_jax.train import trainable
+from neo_jax.train import param_paths
 
 
 @pytest.mark.parametrize("mix", [*packing.MIXES, packing.CAUSAL])
@@ -104,9 +104,9 @@ def _other(c) -> int:
     """Parameters outside of layers, with a vocabulary of 1."""
     params = abstract_params(dataclasses.replace(c, vocab_size=1))
     outside = [
-        path for path in trainable.paths(params) if not re.match("pre_buffer|post_llm", path)
+        path for path in param_paths.all_paths(params) if not re.match("pre_buffer|post_llm", path)
     ]
-    return sum(leaf.size for leaf in jax.tree.leaves(trainable.split(params, outside)[0]))
+    return sum(leaf.size for leaf in jax.tree.leaves(param_paths.split_params(params, outside)[0]))
 
 
 def test_frozen_weights_need_no_gradients():

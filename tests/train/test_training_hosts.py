@@ -17,7 +17,7 @@ from helpers.training import CONFIG, losses
 from neo_jax.batch import micro_batches
 from neo_jax.data.mixture import Mixture
 from neo_jax.data.pipeline import batches
-from neo_jax.train import trainable
+from neo_jax.train import param_paths
 from neo_jax.train.step import make_step, new_state
 
 POD = """
@@ -75,8 +75,8 @@ def test_two_hosts_train_as_one(tmp_path):
         for shard in ((0, 2), (1, 2))
     ]
     with jax.set_mesh(neo.mesh):
-        paths = trainable.matching(neo.params, (".*",))
-        start = jax.jit(lambda p: new_state(CONFIG.optim, 4, *trainable.split(p, paths)))
+        paths = param_paths.matching(neo.params, (".*",))
+        start = jax.jit(lambda p: new_state(CONFIG.optim, 4, *param_paths.split_params(p, paths)))
         state, found = start(neo.params), {}
         step = make_step(neo.config, CONFIG.optim, 4, "none")
         for number in range(1, 5):

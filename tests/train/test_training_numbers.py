@@ -19,7 +19,7 @@ from neo_jax.data.supervised import Limits, TooLong, supervised_example
 from neo_jax.model.neo import bind
 from neo_jax.sharding import spec
 from neo_jax.train import loss as loss_module
-from neo_jax.train import trainable
+from neo_jax.train import param_paths
 from neo_jax.train.optimizer import OptimConfig, learning_rate
 from neo_jax.train.step import loss_and_gradients, make_evaluation, make_step, new_state
 from neo_jax.weights import mapping
@@ -150,7 +150,7 @@ def test_the_loss_in_chunks_is_the_loss_of_all_logits(tied, monkeypatch):
         first = to_device(batch, neo.mesh)
         wanted = jax.jit(jax.value_and_grad(plain))(params, first)
         found = value_and_gradients(c, params, placed)
-        alone, _ = make_evaluation(c)({"trained": params, "frozen": {}}, placed)
+        alone, _ = make_evaluation(c)({"trainable": params, "frozen": {}}, placed)
     np.testing.assert_allclose(found[0], wanted[0], rtol=1e-6)
     np.testing.assert_allclose(alone, wanted[0], rtol=1e-6)
     for (name, ours), (_, theirs) in zip(_leaves(found[1]), _leaves(wanted[1]), strict=True):
@@ -171,17 +171,17 @@ def test_no_program_holds_the_logits_of_a_whole_batch():
 
 
 @functools.cache
-def optimized(mesh, micro=1, rows=8, o=None, trained=ALL, steps=3, total=4, remat="none"):
+def optimized(mesh, micro=1, rows=8, o=None, trainable=ALL, steps=3, total=4, remat="none"):
     """Losses and the state after some steps on one batch."""
     neo = load_case("packed_train", mesh)
     # A large eps: else Adam makes a step of the noise where a gradient is next to nothing.
     o = o or OptimConfig(peak_lr=1e-3, min_lr_ratio=1.0, weight_decay=0.05, eps=1e-4)
     losses, norms = [], []
     with jax.set_mesh(neo.mesh):
-        paths = trainable.matching(neo.params, trained)
-        state = jax.jit(lambda params: new_state(o, total, *trainable.split(params, paths)))(
-            neo.params
-        )
+        paths = param_paths.matching(neo.params, trainable)
+        state = jax.jit(
+            lambda params: new_state(o, total, *param_paths.split_params(params, paths))
+        )(neo.params)
         step = make_step(neo.config, o, total, remat)
         placed = micro_batches(packed(rows=rows), micro, neo.mesh)
         for _ in range(steps):
@@ -201,7 +201,7 @@ def test_the_official_optimizer_steps():
     pairs = wanted["loss_and_grad_norm_per_step"]
     np.testing.assert_allclose(losses, [loss for loss, _ in pairs], atol=1e-4)
     np.testing.assert_allclose(norms, [norm for _, norm in pairs], rtol=1e-3)
-    small, flat = arrays("packed_train", "train_steps.npz"), dict(_leaves(state["trained"]))
+    small, flat = arrays("packed_train", "train_steps.npz"), dict(_leaves(state["trainable"]))
     c, compared = load_case("packed_train").config, 0
     for row in mapping.rows(c):
         for place, layer in enumerate(mapping.layers_of(row, c)):
@@ -221,7 +221,7 @@ def test_steps_are_the_same_on_every_mesh(mesh):
     np.testing.assert_allclose(other[0], one[0], rtol=1e-5)
     np.testing.assert_allclose(other[1], one[1], rtol=1e-4)
     for (name, a), (_, b) in zip(
-        _leaves(one[2]["trained"]), _leaves(other[2]["trained"]), strict=True
+        _leaves(one[2]["trainable"]), _leaves(other[2]["trainable"]), strict=True
     ):
         np.testing.assert_allclose(a, b, atol=1e-5, err_msg=name)
 
@@ -245,20 +245,20 @@ PT = ("patch_embed/.*", "pre_buffer/.*", "post_llm/attention/[qk]_(hw_.*|norm_[h
 def test_frozen_parameters_keep_their_bits_and_have_no_moments():
     before = dict(_leaves(load_case("packed_train").params))
     o = OptimConfig(peak_lr=1e-3, min_lr_ratio=1.0, ema=0.5, state_dtype="bfloat16")
-    _, _, state = optimized(MESHES[0], trained=PT, o=o)
-    trained, frozen = dict(_leaves(state["trained"])), dict(_leaves(state["frozen"]))
-    assert trained.keys() | frozen.keys() == before.keys()
+    _, _, state = optimized(MESHES[0], trainable=PT, o=o)
+    trainable, frozen = dict(_leaves(state["trainable"])), dict(_leaves(state["frozen"]))
+    assert trainable.keys() | frozen.keys() == before.keys()
     wanted = {name for name in before if re.match("patch_embed|pre_buffer", name)}
     wanted |= {f"post_llm/attention/{a}_{b}" for a in "qk" for b in ("norm_h", "norm_w")}
     wanted |= {"post_llm/attention/q_hw_dnh", "post_llm/attention/k_hw_dkh"}
-    assert trained.keys() == wanted
+    assert trainable.keys() == wanted
     for name, leaf in frozen.items():
         np.testing.assert_array_equal(leaf, before[name])
     assert all(
-        (np.asarray(leaf) != np.asarray(before[name])).any() for name, leaf in trained.items()
+        (np.asarray(leaf) != np.asarray(before[name])).any() for name, leaf in trainable.items()
     )
     moments = [leaf for leaf in jax.tree.leaves(state["opt"]) if leaf.ndim]
-    assert sum(leaf.size for leaf in moments) == 2 * sum(leaf.size for leaf in trained.values())
+    assert sum(leaf.size for leaf in moments) == 2 * sum(leaf.size for leaf in trainable.values())
     assert {str(leaf.dtype) for leaf in moments} == {"bfloat16"}
 
 
@@ -267,7 +267,7 @@ def test_an_average_is_kept():
     o = OptimConfig(peak_lr=1e-2, min_lr_ratio=1.0, ema=0.5)
     states = [optimized(MESHES[0], o=o, steps=steps)[2] for steps in (1, 2)]
     start = load_case("packed_train").params["final_norm"]
-    first, second = (state["trained"]["final_norm"] for state in states)
+    first, second = (state["trainable"]["final_norm"] for state in states)
     mean = 0.5 * (0.5 * np.asarray(start) + 0.5 * np.asarray(first)) + 0.5 * np.asarray(second)
     np.testing.assert_allclose(states[1]["ema"]["final_norm"], mean, rtol=1e-6)
 
@@ -286,6 +286,6 @@ def test_the_official_learning_rates(name):
 
 def test_a_rule_that_matches_nothing_is_refused():
     with raises("'pre_bufer/.*' matches no parameter", "pre_buffer/"):
-        trainable.matching(load_case("packed_train").params, ("pre_bufer/.*",))
+        param_paths.matching(load_case("packed_train").params, ("pre_bufer/.*",))
     with raises("not a regular expression"):
-        trainable.matching(load_case("packed_train").params, ("pre_buffer/(",))
+        param_paths.matching(load_case("packed_train").params, ("pre_buffer/(",))

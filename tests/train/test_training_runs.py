@@ -157,6 +157,22 @@ def test_another_configuration_does_not_go_on_with_a_run(unbroken, tmp_path):
     assert again.step == 6
 
 
+def test_a_run_that_an_earlier_version_began_is_resumed(unbroken, tmp_path):
+    """Its settings have their earlier names; the trainable parameters still have that on disk."""
+    workdir = tmp_path / "run"
+    shutil.copytree(unbroken[0], workdir)
+    run = json.loads((workdir / "run.json").read_text())
+    run["config"]["trained"] = run["config"].pop("trainable")
+    (workdir / "run.json").write_text(json.dumps(run))
+    for step in (2, 4, 6):
+        assert '"trained"' in (workdir / f"checkpoints/{step}/optimizer/_METADATA").read_text()
+    again = train(dataclasses.replace(CONFIG, workdir=str(workdir)))
+    assert again.step == 6
+    jax.tree.map(np.testing.assert_array_equal, again.params, unbroken[1].params)
+    with raises(r"trainable was \['\.\*'\], is now \['pre_buffer/\.\*'\]"):
+        train(dataclasses.replace(CONFIG, workdir=str(workdir), trainable=("pre_buffer/.*",)))
+
+
 @pytest.mark.slow
 def test_lora_trains_little_saves_little_and_exports(unbroken, tmp_path, capsys):
     config = dataclasses.replace(CONFIG, lora=LoraConfig(rank=2), workdir=str(tmp_path / "run"))
@@ -198,7 +214,8 @@ def test_lora_trains_little_saves_little_and_exports(unbroken, tmp_path, capsys)
 def test_settings_are_checked_by_name_and_type():
     c = override(CONFIG, ["optim.peak_lr=1e-5", "mesh=1,2,4", "data.mixture=a.jsonl,b.parquet"])
     assert (c.optim.peak_lr, c.mesh, c.data.mixture) == (1e-5, (1, 2, 4), "a.jsonl,b.parquet")
-    assert override(CONFIG, ["trained=pre_buffer/.*"]).trained == ("pre_buffer/.*",)
+    for name in ("trainable", "trained"):  # the second is its earlier name
+        assert override(CONFIG, [f"{name}=pre_buffer/.*"]).trainable == ("pre_buffer/.*",)
     with raises("optim.peek_lr: no setting 'peek_lr'; did you mean 'peak_lr'"):
         override(CONFIG, ["optim.peek_lr=1"])
     with raises("steps: 'many' is not int"):
