@@ -1,4 +1,4 @@
-"""Reads every number of a published checkpoint and says what is in it."""
+"""Checks every value of a published checkpoint and describes its tensors."""
 
 import collections
 import math
@@ -15,17 +15,21 @@ _BLOCK_BYTES = 128 * 2**20
 
 
 def check_values(
-    c: ModelConfig, tensors: Mapping[str, Tensor], read: Callable[[int], None] = lambda size: None
+    c: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    on_bytes_read: Callable[[int], None] = lambda size: None,
 ) -> str:
-    """A table of kinds of tensors: how many, shape, type, parameters, largest value.
+    """Returns a table of the tensors by kind: count, type, largest value, parameters, name, shape.
+
+    Tensors of all layers that differ only in the layer's number are one kind.
 
     Args:
-      c: the model; keys and shapes are already known to fit it.
+      c: the model; `mapping.check_tensors` has already compared keys and shapes with it.
       tensors: by published key.
-      read: told the bytes of each block read, for a progress bar.
+      on_bytes_read: called with the bytes of each block read, for a progress bar.
 
     Raises:
-      InputError: listing every tensor that holds NaN or infinity, with their number.
+      InputError: listing every tensor with NaN or infinite values, and how many it has.
     """
     kinds, problems = collections.defaultdict(list), []
     for key, tensor in tensors.items():
@@ -37,7 +41,7 @@ def check_values(
             largest = max(
                 largest, float(np.abs(values, where=finite, out=np.zeros_like(values)).max())
             )
-            read(block.nbytes)
+            on_bytes_read(block.nbytes)
         if bad:
             problems.append(f"{tensor.file.name}: {key} has {bad} NaN or infinite values")
         kinds[re.sub(r"\.\d+\.", ".*.", key), tensor.shape, tensor.dtype].append(largest)

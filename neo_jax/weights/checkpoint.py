@@ -1,11 +1,11 @@
-"""Our checkpoint directory: an Orbax tree `params`, with the model's description beside it.
+"""Our checkpoint directory: an Orbax tree `params` and the description of its model.
 
     DIR/
       params/            Orbax: the parameters as a nested dict
       neo_jax.json       the ModelConfig
-      config.json, tokenizer.json, ...   the published files, as they came
+      config.json, tokenizer.json, ...   the published files, unchanged
 
-A training run's directory is one too, its `params` a level down in `checkpoints/STEP/`.
+A training run's directory is a checkpoint too, with `params` in `checkpoints/STEP/`.
 """
 
 import dataclasses
@@ -28,6 +28,7 @@ from neo_jax.weights import mapping, orbax_files
 from neo_jax.weights.directory import new_directory, read_json
 from neo_jax.weights.place import param_target, place_params
 from neo_jax.weights.published import read_part
+from neo_jax.weights.row import ParamPath
 from neo_jax.weights.tensor_files import Tensor
 
 DESCRIPTION = "neo_jax.json"
@@ -40,17 +41,22 @@ class Checkpoint:
 
     config: ModelConfig
     params: Path  # the Orbax tree
-    directory: Path  # of the description, the tokenizer and so on
-    lora: dict | None = None  # of a run that trained factors: `describe`
+    directory: Path  # holds the description, the tokenizer and so on
+    lora: dict | None = None  # of a run that trained LoRA factors; see `describe`
 
 
 def find_checkpoint(path: str | Path, dtype: str | None = None) -> Checkpoint | None:
-    """The checkpoint at `path`: its directory, a step of a training run, or the run's newest step.
+    """Finds the checkpoint at `path`: a checkpoint directory, or a step of a training run.
 
-    Returns None when there is nothing like it. `dtype` is the compute type of its config.
+    Args:
+      path: of a checkpoint, of a training run (its newest step is taken), or of one of its steps.
+      dtype: of computation; default: that of the checkpoint's description.
+
+    Returns:
+      the checkpoint, or None if there is none of ours at `path`.
 
     Raises:
-      InputError: when it lacks its description or that is not readable.
+      InputError: if the checkpoint has no description, or an unreadable one.
     """
     path = Path(path)
     steps = [
@@ -70,15 +76,16 @@ def find_checkpoint(path: str | Path, dtype: str | None = None) -> Checkpoint | 
         if (directory / DESCRIPTION).exists():
             config, lora = _read_description(directory, dtype)
             return Checkpoint(config, base / "params", directory, lora)
-    raise InputError(f"{path}: has params but no {DESCRIPTION} that says of what model")
+    raise InputError(f"{path}: has params but no {DESCRIPTION} that describes their model")
 
 
 def describe(c: ModelConfig, lora: dict | None = None) -> str:
-    """The content of `neo_jax.json`.
+    """Returns the content of `neo_jax.json`.
 
     Args:
-      lora: where `params` holds low-rank factors: "base", the directory of the model they change;
-        "paths" of the changed parameters; "rank" and "scale".
+      c: the model.
+      lora: given if `params` holds LoRA factors: "base", the directory of the base model; "paths"
+        of the adapted parameters; "rank" and "scale".
     """
     content = {"format": FORMAT, "model": dataclasses.asdict(c)} | ({"lora": lora} if lora else {})
     return json.dumps(content, indent=2) + "\n"
@@ -96,20 +103,23 @@ def write_checkpoint(
     log: Callable[[str], None] = lambda message: None,
     on_bytes_written: Callable[[int], None] = lambda size: None,
 ) -> None:
-    """Writes published tensors as our checkpoint, whole or not at all, a few pieces at a time.
+    """Converts published tensors to our checkpoint. The write is atomic.
+
+    Only a few pieces of arrays are in memory at a time.
 
     Args:
       target: the new directory.
-      c: the model; `tensors` must be exactly its (`mapping.check_tensors`).
-      tensors: by published key; parts of them are read as they are needed.
-      dtype: "float32" or "bfloat16" of the parameters.
-      mesh_shape: arrays are stored in pieces as this mesh splits them.
+      c: the model; `tensors` must be exactly its tensors (`mapping.check_tensors`).
+      tensors: by published key; each part is read when it is needed.
+      dtype: of the parameters, "float32" or "bfloat16".
+      mesh_shape: arrays are stored in the pieces into which this mesh splits them.
       fill: puts tokenizer and configuration files into the new directory.
       overwrite: replace what is at `target`.
-      log, on_bytes_written: told of an unfinished earlier run, and of the bytes written.
+      log: called with a message if an earlier run left an unfinished directory.
+      on_bytes_written: called with the bytes of each piece written, for a progress bar.
 
     Raises:
-      InputError: when the target exists or cannot be written, or a tensor cannot be read.
+      InputError: if the target exists or cannot be written, or a tensor cannot be read.
     """
     needed = num_bytes(c, dtype)
     with new_directory(target, needed, overwrite=overwrite, log=log) as directory:
@@ -120,11 +130,11 @@ def write_checkpoint(
 
 
 def _lazy_params(c, tensors, mesh_shape, dtype, on_bytes_written) -> dict:
-    """The parameters as arrays that are read from `tensors` while they are written."""
+    """The parameters as a tree of `LazyArray`: each piece is read when Orbax writes it."""
     table = {row.path: row for row in mapping.rows(c)}
     mesh = AbstractMesh(axis_sizes(mesh_shape), MESH_AXES)
 
-    def pending(path, leaf):
+    def lazy(path, leaf):
         row = table[tuple(entry.key for entry in path)]
         sources = [tensors[row.key.format(layer=layer)] for layer in mapping.layers_of(row, c)]
         try:
@@ -140,16 +150,22 @@ def _lazy_params(c, tensors, mesh_shape, dtype, on_bytes_written) -> dict:
             on_bytes_written=on_bytes_written,
         )
 
-    return jax.tree_util.tree_map_with_path(pending, abstract_params(c, dtype=dtype))
+    return jax.tree_util.tree_map_with_path(lazy, abstract_params(c, dtype=dtype))
 
 
 def load_checkpoint(
     checkpoint: Checkpoint, dtype: str, mesh: Mesh | None = None, weights: str | None = None
 ) -> tuple[ModelConfig, dict]:
-    """Restores the parameters onto a mesh, in `dtype`, the matrices in int8 if `weights` says so.
+    """Restores the parameters of a checkpoint onto a mesh.
+
+    Args:
+      checkpoint: one of ours, with whole parameters (no LoRA factors).
+      dtype: of the parameters.
+      mesh: default: `make_mesh` for this model.
+      weights: "int8" quantises the matrices while they are read.
 
     Raises:
-      InputError: naming the directory, when it is damaged or holds other parameters.
+      InputError: naming the directory, if it is damaged or holds other parameters.
     """
     c = checkpoint.config
     if mesh is None:
@@ -168,11 +184,11 @@ def load_checkpoint(
         raise InputError(f"{checkpoint.params}: cannot read: {error}") from error
 
 
-def open_params(checkpoint: Checkpoint) -> dict[mapping.Path, ts.TensorStore]:
-    """The parameters by path, to read parts of.
+def open_params(checkpoint: Checkpoint) -> dict[ParamPath, ts.TensorStore]:
+    """Opens the parameters, by path. `store[index].read().result()` reads a part of one.
 
     Raises:
-      InputError: when they cannot be read or are not those of the checkpoint's model.
+      InputError: if they cannot be read, or are not those of the checkpoint's model.
     """
     stores = orbax_files.open_tree(checkpoint.params)
     wanted = {

@@ -1,4 +1,4 @@
-"""Parameters as a published directory, which the official PyTorch code loads."""
+"""Writes parameters as a published directory, which the official PyTorch code loads."""
 
 import collections
 import json
@@ -16,11 +16,12 @@ from neo_jax.model_config import ModelConfig
 from neo_jax.weights import mapping
 from neo_jax.weights.checkpoint import DESCRIPTION
 from neo_jax.weights.directory import copy_side_files, new_directory, read_json
+from neo_jax.weights.row import Index, ParamPath
 from neo_jax.weights.tensor_files import DTYPE_NAMES
 from neo_jax.weights.write import Block, num_bytes, write_tensors
 
-# A parameter's path and an index -> that part of it.
-ReadLeaf = Callable[[mapping.Path, mapping.Index], np.ndarray]
+# Reads a part of a parameter, given its path and an index.
+ReadLeaf = Callable[[ParamPath, Index], np.ndarray]
 
 SAFETENSORS_DTYPE = {name: short for short, name in DTYPE_NAMES.items()}
 _BLOCK_BYTES = 64 * 2**20
@@ -30,15 +31,16 @@ def save_hf(neo_or_params, config: ModelConfig, path: str | Path, **options) -> 
     """Writes a model that is in memory as a published directory.
 
     Args:
-      neo_or_params: what `neo_jax.load` returns (its config.json and tokenizer files are not
-        kept in memory: copy them, or use `convert.to_hf`), or a tree of parameters, all of it
-        reachable from this process.
+      neo_or_params: what `neo_jax.load` returns, or a tree of parameters. This process must be
+        able to read all of it. A loaded model no longer has its config.json and tokenizer files:
+        copy them, or use `neo-ov convert to-hf`.
       config: of the model.
       path: the new directory.
       **options: `dtype`, `shard_size`, `overwrite` of `write_published`.
 
     Raises:
-      InputError: when the directory exists or cannot be written.
+      InputError: if the directory exists or cannot be written, or the parameters are int8 or not
+        those of `config`.
     """
     params = getattr(neo_or_params, "params", neo_or_params)
     if isinstance(params["embed"], Int8Matrix):
@@ -46,9 +48,9 @@ def save_hf(neo_or_params, config: ModelConfig, path: str | Path, **options) -> 
     given, wanted = (jax.tree.map(jnp.shape, tree) for tree in (params, abstract_params(config)))
     if given != wanted:
         raise InputError("the parameters are not of this config's model: give the config they have")
-    leaf = _LeafOnHost(params)
+    leaves = _HostLeaves(params)
     dtype = options.pop("dtype", None) or params["embed"].dtype.name
-    write_published(path, config, leaf.read, dtype, **options)
+    write_published(path, config, leaves.read, dtype, **options)
 
 
 def write_published(
@@ -63,17 +65,21 @@ def write_published(
     log: Callable[[str], None] = lambda message: None,
     on_bytes_written: Callable[[int], None] = lambda size: None,
 ) -> None:
-    """Writes a published directory, whole or not at all.
+    """Writes a published directory: safetensors and config.json. The write is atomic.
 
     Args:
       path: the new directory.
       c: the model.
-      read_leaf: gives parts of parameters; never more than a layer's, or some rows, at a time.
-      dtype: "float32" or "bfloat16" of the tensors.
-      shard_size: bytes per file.
+      read_leaf: reads a part of a parameter: one layer, or a block of rows.
+      dtype: of the tensors, "float32" or "bfloat16".
+      shard_size: bytes of a file.
       side_files: directory whose tokenizer, configuration and code files are copied.
       overwrite: replace what is at `path`.
-      log, on_bytes_written: told of an unfinished earlier run, and of the bytes written.
+      log: called with a message if an earlier run left an unfinished directory.
+      on_bytes_written: called with the bytes of each block written, for a progress bar.
+
+    Raises:
+      InputError: if the directory exists or cannot be written, or an argument is out of range.
     """
     if dtype not in SAFETENSORS_DTYPE:
         raise InputError(f"dtype {dtype!r}: use one of {', '.join(SAFETENSORS_DTYPE)}")
@@ -96,14 +102,14 @@ def write_published(
             (directory / DESCRIPTION).unlink(missing_ok=True)
             if (directory / "config.json").exists():
                 stored = read_json(directory / "config.json")
-                hf = _published_config(stored, hf) if _is_of(c, stored) else hf
+                hf = _published_config(stored, hf) if _describes(stored, c) else hf
         (directory / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
         write_generation_config(directory, hf)
         write_tensors(directory, plan, short, blocks, shard_size, on_bytes_written)
 
 
 def write_generation_config(directory: Path, hf: dict) -> None:
-    """A generation_config.json, unless the directory has one."""
+    """Writes a generation_config.json, unless the directory has one."""
     path, llm = directory / "generation_config.json", hf["llm_config"]
     if not path.exists():
         ids = {
@@ -115,10 +121,10 @@ def write_generation_config(directory: Path, hf: dict) -> None:
 
 
 def _blocks(rows, c: ModelConfig, read_leaf: ReadLeaf, dtype) -> Iterator[Block]:
-    """What makes one tensor: whole, or by rows if it is large and stored as it is published."""
+    """Functions that make one tensor: one for each block of rows, if both layouts are the same."""
     first, layer = rows[0]
     if layer is not None or first.channel or first.tensor != first.ours:
-        yield lambda: _tensor(rows, c, read_leaf, dtype)
+        yield lambda: _make_tensor(rows, c, read_leaf, dtype)
         return
     total, *rest = first.tensor_shape
     step = max(1, _BLOCK_BYTES // (int(np.prod(rest, dtype=np.int64)) * dtype.itemsize))
@@ -127,7 +133,8 @@ def _blocks(rows, c: ModelConfig, read_leaf: ReadLeaf, dtype) -> Iterator[Block]
         yield lambda index=index: read_leaf(first.path, index).astype(dtype, copy=False)
 
 
-def _tensor(rows, c: ModelConfig, read_leaf: ReadLeaf, dtype) -> np.ndarray:
+def _make_tensor(rows, c: ModelConfig, read_leaf: ReadLeaf, dtype) -> np.ndarray:
+    """A published tensor; with fused queries, two rows of the key table fill it."""
     tensor = np.empty(rows[0][0].tensor_shape, dtype)
     for row, layer in rows:
         index = (slice(None),) * row.our_rank
@@ -140,8 +147,8 @@ def _tensor(rows, c: ModelConfig, read_leaf: ReadLeaf, dtype) -> np.ndarray:
     return tensor
 
 
-def _is_of(c: ModelConfig, stored: dict) -> bool:
-    """Whether a config.json says what our own would: it may have come with another's tokenizer."""
+def _describes(stored: dict, c: ModelConfig) -> bool:
+    """Whether a config.json describes this model: it may have come with a tokenizer alone."""
     given = {name: getattr(c, name) for name in ("qk_layout", "tie_word_embeddings", "dtype")}
     try:
         return ModelConfig.from_hf(stored, **given) == c
@@ -150,9 +157,9 @@ def _is_of(c: ModelConfig, stored: dict) -> bool:
 
 
 def _published_config(stored: dict, ours: dict) -> dict:
-    """The config.json that came with the weights, true of what is written now.
+    """The stored config.json, with the type, depth and tied head of what is written now.
 
-    Its one-element lists become numbers: the official classes write them but cannot read them.
+    One-element lists become numbers: the official classes write such lists but cannot read them.
     """
     result = {**stored, "torch_dtype": ours["torch_dtype"]}
     for section in ("llm_config", "vision_config"):
@@ -167,17 +174,17 @@ def _published_config(stored: dict, ours: dict) -> dict:
     return result
 
 
-class _LeafOnHost:
-    """Parts of parameters in device memory; keeps the last one on the host."""
+class _HostLeaves:
+    """Reads parameters from device memory. The last one read stays on the host."""
 
     def __init__(self, params: dict):
         self._leaves = {
             tuple(entry.key for entry in path): leaf
             for path, leaf in jax.tree_util.tree_leaves_with_path(params)
         }
-        self._held: dict = {}
+        self._last: dict = {}
 
-    def read(self, path: mapping.Path, index: mapping.Index) -> np.ndarray:
-        if path not in self._held:
-            self._held = {path: np.asarray(self._leaves[path])}
-        return self._held[path][index]
+    def read(self, path: ParamPath, index: Index) -> np.ndarray:
+        if path not in self._last:
+            self._last = {path: np.asarray(self._leaves[path])}
+        return self._last[path][index]

@@ -1,4 +1,4 @@
-"""Loads either kind of checkpoint directory: as published, or ours."""
+"""Loads a checkpoint directory of either layout, published or ours."""
 
 from pathlib import Path
 
@@ -14,10 +14,10 @@ from neo_jax.weights.published import load_published
 
 
 def side_directory(path: str | Path) -> Path:
-    """Where a checkpoint's tokenizer lies.
+    """The directory that holds a checkpoint's tokenizer and configuration.
 
     Raises:
-      InputError: when `path` is no checkpoint of either kind.
+      InputError: if `path` is not a checkpoint.
     """
     path = Path(path)
     if not path.is_dir():
@@ -31,43 +31,46 @@ def side_directory(path: str | Path) -> Path:
 def load_params(
     path: str | Path, dtype: str, mesh: Mesh | None, weights: str | None = None
 ) -> tuple[ModelConfig, dict]:
-    """Configuration and parameters of either kind of directory, on a mesh, in `dtype`.
+    """Loads a checkpoint of either layout onto a mesh.
 
-    Each device's part is read for itself; no host holds the whole model.
+    Each device's shard is read separately, so no host holds the whole model.
 
     Args:
       path: the directory.
       dtype: of the parameters and of matrix products.
-      mesh: where the arrays go; default: `make_mesh` for this model.
-      weights: "int8" keeps the big matrices as `Int8Matrix`, quantised while they are read.
+      mesh: of the arrays; default: `make_mesh` for this model.
+      weights: "int8" makes the large matrices `Int8Matrix`, quantised while they are read.
+
+    Returns:
+      the configuration and the parameters. A LoRA run's factors are merged into its base model.
 
     Raises:
-      InputError: for another value of `weights`, or a file, key or shape that is not right.
+      InputError: for another value of `weights`, or a file, key or shape that does not fit.
     """
     if weights not in (None, "int8"):
         raise InputError(f"weights {weights!r}: use 'int8', or None for those of the checkpoint")
     checkpoint = find_checkpoint(path, dtype)
     if checkpoint and checkpoint.lora:
-        return _with_factors(checkpoint, dtype, mesh, weights)
+        return _load_lora(checkpoint, dtype, mesh, weights)
     if checkpoint:
         return load_checkpoint(checkpoint, dtype, mesh, weights)
     return load_published(path, dtype, mesh, weights)
 
 
-def _with_factors(
+def _load_lora(
     checkpoint: Checkpoint, dtype: str, mesh: Mesh | None, weights: str | None
 ) -> tuple[ModelConfig, dict]:
-    """The model that a LoRA run started from, with the run's factors worked in."""
+    """Loads the base model of a LoRA run and merges the run's factors into it."""
     about = checkpoint.lora
     if weights:
         raise InputError(
-            f"{checkpoint.directory}: weights={weights!r} needs a whole model: write one first, "
-            "with convert.to_hf --merge-lora"
+            f"{checkpoint.directory}: weights={weights!r} does not work with LoRA factors: "
+            "first write the merged model, with neo-ov convert to-hf --merge-lora"
         )
     if not Path(about["base"]).is_dir():
         raise InputError(
-            f"{checkpoint.directory / DESCRIPTION}: its base {about['base']} is not there: "
-            "say there where it is now"
+            f"{checkpoint.directory / DESCRIPTION}: the base model {about['base']} is not there: "
+            "change the path in this file to where it is now"
         )
     _, params = load_params(about["base"], dtype, mesh)
     mesh = jax.tree.leaves(params)[0].sharding.mesh

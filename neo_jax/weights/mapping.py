@@ -1,15 +1,18 @@
 """The key table: every tensor of a published checkpoint and its place in our parameters.
 
-One row per parameter, read in both directions. A row says which tensor a parameter comes from,
-how their dimensions correspond, and which channels of a head it takes in which order. Nothing
-else in the project knows a checkpoint's key.
+The table has one row per parameter, read in both directions. A row names the parameter's tensor,
+how their dimensions correspond, and which channels of a head it takes in which order (`row.py`).
+Nothing else in the project knows a checkpoint's keys.
 
 Checkpoints rotate channel i of an axis with channel i + width/2 of the same axis (the patch
-embedding: channel 2i with 2i + 1). We keep the first halves of all axes together and then the
-second halves, so that one half-swap serves every axis; `channels` holds that permutation.
+embedding: channel 2i with 2i + 1). We keep the first halves of all axes together, then the second
+halves, so that one half-swap serves every axis:
+
+    published   H1 H2 W1 W2      ours   H1 W1 H2 W2
+
+`channels` of a row is that permutation.
 """
 
-import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
 
@@ -17,9 +20,7 @@ import numpy as np
 
 from neo_jax.errors import InputError
 from neo_jax.model_config import PATCH_SIZE, ModelConfig
-
-Path = tuple[str, ...]
-Index = tuple[slice, ...]
+from neo_jax.weights.row import Row
 
 # Tensors of the generation branch in SenseNova-U1 checkpoints: known, not part of this model.
 GENERATION = re.compile(r"_mot_gen(\.|$)|^fm_modules\.")
@@ -27,88 +28,8 @@ GENERATION = re.compile(r"_mot_gen(\.|$)|^fm_modules\.")
 _LAYERS = "language_model.model.layers.{layer}."
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Row:
-    """A parameter and its tensor.
-
-    Attributes:
-      path: place in the parameter tree; under pre_buffer or post_llm it is one layer's.
-      key: the tensor's name, with {layer} for the number counted through both stacks.
-      tensor, ours: the dimensions on each side, "(n h) d" and "d n h"; a group is flattened.
-      sizes: of every letter, as the tensor has them.
-      channels: which entries of letter `channel` the parameter takes, in its order.
-    """
-
-    path: Path
-    key: str
-    tensor: str
-    ours: str
-    sizes: Mapping[str, int]
-    channel: str = ""
-    channels: np.ndarray | None = None
-
-    @property
-    def tensor_shape(self) -> tuple[int, ...]:
-        return tuple(_size(group, self.sizes) for group in _groups(self.tensor))
-
-    @property
-    def our_rank(self) -> int:
-        """Dimensions of the parameter, of one layer."""
-        return len(_groups(self.ours))
-
-    @property
-    def is_layered(self) -> bool:
-        return "{layer}" in self.key
-
-    def read(self, get: Callable[[Index], np.ndarray], index: Index, out: np.ndarray) -> None:
-        """Fills `out` with the part `index` of the parameter (of one layer).
-
-        `get` gives a part of the tensor; it is asked only for the heads, rows and columns that
-        `index` needs.
-        """
-        ours, theirs = _letters(self.ours), _letters(self.tensor)
-        wanted = {letter: (0, self.sizes[letter]) for letter in theirs}
-        for group, part in zip(_groups(self.ours), index, strict=True):
-            size = self._our_size(group)
-            if len(group) == 1:
-                wanted[group] = part.indices(size)[:2]
-            elif part.indices(size)[:2] != (0, size):
-                raise ValueError(f"{self.key}: dimensions {group!r} cannot be split")
-        outer = {group[0] for group in _groups(self.tensor)} - {self.channel}
-        boxes = []
-        for group in _groups(self.tensor):
-            start, stop = wanted[group[0]] if group[0] in outer else (0, self.sizes[group[0]])
-            block = _size(group[1:], self.sizes)
-            boxes.append(slice(start * block, stop * block))
-        counts = {**self.sizes, **{a: wanted[a][1] - wanted[a][0] for a in outer}}
-        array = get(tuple(boxes)).reshape([counts[letter] for letter in theirs])
-        for axis, letter in enumerate(theirs):
-            if letter == self.channel:
-                array = np.take(array, self.channels[slice(*wanted[letter])], axis=axis)
-            elif letter not in outer:
-                array = array[(slice(None),) * axis + (slice(*wanted[letter]),)]
-        array = array.transpose([theirs.index(letter) for letter in ours])
-        _copy(out.reshape(array.shape), array)
-
-    def write(self, leaf: np.ndarray, tensor: np.ndarray) -> None:
-        """Fills a tensor, or this row's channels of it, from a layer's whole parameter."""
-        ours, theirs = _letters(self.ours), _letters(self.tensor)
-        source = leaf.reshape([self._our_size(letter) for letter in ours])
-        source = source.transpose([ours.index(letter) for letter in theirs])
-        target = tensor.reshape([self.sizes[letter] for letter in theirs])
-        if self.channel:
-            target[(slice(None),) * theirs.index(self.channel) + (self.channels,)] = source
-        else:
-            _copy(target, source)
-
-    def _our_size(self, letters: str) -> int:
-        if self.channel and letters == self.channel:
-            return len(self.channels)
-        return _size(letters, self.sizes)
-
-
 def rows(c: ModelConfig) -> list[Row]:
-    """The table for a model. Rows of a layer serve every layer of both stacks."""
+    """The table for a model. A row of a stack of layers stands for all its layers."""
     sizes = {
         "d": c.hidden_size,
         "f": c.intermediate_size,
@@ -184,7 +105,7 @@ def _layer_rows(c: ModelConfig, stack: str, row: Callable[..., Row]) -> list[Row
 
 
 def layers_of(row: Row, c: ModelConfig) -> Iterable[int | None]:
-    """The layer numbers, counted through both stacks, that a row stands for; [None] if none."""
+    """The layers that a row stands for, counted through both stacks; [None] outside of layers."""
     first = c.num_pre_buffer_layers
     if row.path[0] == "pre_buffer":
         return range(first)
@@ -192,7 +113,7 @@ def layers_of(row: Row, c: ModelConfig) -> Iterable[int | None]:
 
 
 def expected_tensors(c: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a checkpoint of this model has."""
+    """The key and shape of every tensor in a published checkpoint of this model."""
     return {
         row.key.format(layer=layer): row.tensor_shape
         for row in rows(c)
@@ -201,7 +122,11 @@ def expected_tensors(c: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def detect_layout(keys: Iterable[str]) -> str:
-    """Which of config.QK_LAYOUTS these tensors have."""
+    """The layout of a checkpoint's query and key weights, one of `model_config.QK_LAYOUTS`.
+
+    Raises:
+      InputError: if these are not the keys of a NEO.
+    """
     names = {re.sub(r"\d+", "0", key) for key in keys if not GENERATION.search(key)}
     prefix = _LAYERS.format(layer=0) + "self_attn."
     if prefix + "q_proj_hw.weight" in names:
@@ -219,8 +144,12 @@ def detect_layout(keys: Iterable[str]) -> str:
 def check_tensors(found: Mapping[str, tuple[int, ...]], c: ModelConfig) -> list[str]:
     """Compares a checkpoint's tensors with the table.
 
+    Args:
+      found: shapes by published key.
+      c: the model.
+
     Returns:
-      the generation branch's tensors, which are left out.
+      the keys of the generation branch, which is left out.
 
     Raises:
       InputError: listing every missing, unknown and wrongly shaped tensor.
@@ -252,31 +181,3 @@ def _hw_channels(width: int) -> np.ndarray:
 def _pair_channels(width: int) -> np.ndarray:
     """Interleaved pairs of the column half, then of the row half -> firsts, then seconds."""
     return np.arange(width).reshape(2, width // 4, 2).transpose(2, 0, 1).reshape(-1)
-
-
-def _groups(pattern: str) -> list[str]:
-    """ "(n h) d" -> ["nh", "d"]."""
-    return [group.strip("()").replace(" ", "") for group in re.findall(r"\([^)]*\)|\w", pattern)]
-
-
-def _letters(pattern: str) -> str:
-    return "".join(_groups(pattern))
-
-
-def _size(letters: str, sizes: Mapping[str, int]) -> int:
-    return int(np.prod([sizes[letter] for letter in letters], dtype=np.int64))
-
-
-def _copy(target: np.ndarray, source: np.ndarray) -> None:
-    """target[...] = source, fast for transposed 16-bit floats.
-
-    numpy copies bfloat16 element by element but 16-bit integers in runs, and transposes several
-    times faster a few columns at a time.
-    """
-    if source.dtype == target.dtype and source.dtype.itemsize == 2:
-        source, target = source.view(np.uint16), target.view(np.uint16)
-    if source.flags.c_contiguous or source.ndim < 2:
-        target[...] = source
-        return
-    for first in range(0, source.shape[-1], 32):
-        target[..., first : first + 32] = source[..., first : first + 32]

@@ -1,8 +1,9 @@
 """Our own checkpoints: an Orbax tree of parameters, written piece by piece.
 
-Orbax saves arrays that exist. A conversion must never hold them, so `LazyArray` stands for an array
-that will be read piece by piece, and `LazyArrayHandler` tells Orbax how to write one. What lies on
-the disk is an ordinary Orbax checkpoint; any Orbax reader restores it onto any mesh.
+Orbax saves arrays that are in memory, but a conversion must not hold a whole model. So the tree to
+be saved consists of `LazyArray`s, which are read piece by piece while they are written, and
+`LazyArrayHandler` is the Orbax type handler that does so. The result is an ordinary Orbax
+checkpoint: any Orbax reader restores it, onto any mesh.
 """
 
 import asyncio
@@ -22,24 +23,25 @@ from neo_jax.errors import InputError
 
 Index = tuple[slice, ...]
 
-# A piece is at most this large, if the shape allows; so many are in memory at once.
+# The largest piece, if the shape can be halved so far; and how many are in memory at once.
 PIECE_BYTES = 64 * 2**20
 PIECES_AT_ONCE = 3
-# Orbax gathers what it writes into files of this size before it lets go of it.
+# The size of the data files into which Orbax collects pieces; until then they stay in memory.
 DATA_FILE_BYTES = 32 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
 class LazyArray:
-    """An array to be: `read(index)` gives a part of it."""
+    """An array that is not in memory: `read(index)` reads or computes a part of it."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    chunk: tuple[int, ...]  # the pieces in which it is stored
+    chunk: tuple[int, ...]  # the shape of the pieces in which it is stored
     read: Callable[[Index], np.ndarray]
-    on_bytes_written: Callable[[int], None] = lambda size: None  # told the bytes of each piece
+    on_bytes_written: Callable[[int], None] = lambda size: None  # called for each piece
 
     def pieces(self) -> Iterator[Index]:
+        """The index of each piece."""
         for corner in np.ndindex(
             *(-(-n // c) for n, c in zip(self.shape, self.chunk, strict=True))
         ):
@@ -52,7 +54,7 @@ class LazyArray:
 def choose_chunk(
     shape: tuple[int, ...], shard: tuple[int, ...], itemsize: int, is_layered: bool
 ) -> tuple[int, ...]:
-    """The shape of stored pieces: a device's part of one layer, in rows of at most PIECE_BYTES."""
+    """The shape of stored pieces: one layer of a device's shard, halved down to PIECE_BYTES."""
     chunk = [1, *shard[1:]] if is_layered else list(shard)
     for axis in range(is_layered, len(shape)):
         while math.prod(chunk) * itemsize > PIECE_BYTES and chunk[axis] % 2 == 0:
@@ -61,11 +63,11 @@ def choose_chunk(
 
 
 class LazyArrayHandler(ocp.type_handlers.NumpyHandler):
-    """Writes `LazyArray` arrays; what is restored is an ordinary array."""
+    """Writes a `LazyArray` as an ordinary array, piece by piece."""
 
     async def serialize(self, values, infos, args=None):
         args = args or [ocp.SaveArgs()] * len(values)
-        # Not every piece by itself: `directory.new_directory` waits for the disk at the end.
+        # No flush to disk for each piece: `directory.new_directory` flushes once, at the end.
         context = ts.Context({"file_io_sync": False}, infos[0].ts_context)
         with ThreadPoolExecutor(PIECES_AT_ONCE) as threads:
             for value, info, arg in zip(values, infos, args, strict=True):
@@ -97,7 +99,7 @@ async def _write_pieces(value: LazyArray, store: ts.TensorStore, threads: Thread
 
 
 def write_tree(directory: Path, tree: dict) -> None:
-    """Writes a nested dict of `LazyArray` arrays as an Orbax checkpoint."""
+    """Writes a nested dict of `LazyArray`s as an Orbax checkpoint."""
     registry = ocp.type_handlers.create_type_handler_registry((LazyArray, LazyArrayHandler()))
     # Trained weights hardly compress.
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
@@ -109,10 +111,10 @@ def write_tree(directory: Path, tree: dict) -> None:
 
 
 def read_tree(directory: Path, target: dict) -> dict:
-    """Restores to the shapes, types and places that `target` gives.
+    """Restores an Orbax checkpoint to the shapes, dtypes and shardings of `target`.
 
     Raises:
-      InputError: naming the directory, when it is damaged or holds other parameters.
+      InputError: naming the directory, if it is damaged or holds other parameters.
     """
     try:
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
@@ -122,10 +124,12 @@ def read_tree(directory: Path, target: dict) -> dict:
 
 
 def open_tree(directory: Path) -> dict[tuple[str, ...], ts.TensorStore]:
-    """The arrays of a checkpoint by path, to read parts of: `store[index].read().result()`.
+    """Opens the arrays of an Orbax checkpoint, by path. Reads no array.
+
+    `store[index].read().result()` reads a part of one.
 
     Raises:
-      InputError: naming the directory, when it is no checkpoint or a damaged one.
+      InputError: naming the directory, if it is not a checkpoint or is damaged.
     """
     directory = directory.absolute()
     try:

@@ -1,7 +1,7 @@
-"""Parameters from disk onto the devices, as floats or quantised to int8 on the way.
+"""Reads parameters from disk onto the devices, as floats or quantised to int8.
 
-Each device's part is read for itself, once; neither the host nor a device ever holds the whole
-model, nor, with int8, more than a layer or some rows of it as floats.
+Each device's shard is read once. No host and no device holds the whole model. With int8, only a
+layer or a block of rows exists as floats at a time.
 """
 
 import math
@@ -15,24 +15,25 @@ from jax.sharding import Mesh
 from neo_jax.model.int8 import Int8Matrix, as_int8
 from neo_jax.model.neo import abstract_params
 from neo_jax.model_config import ModelConfig
-from neo_jax.weights.mapping import Index, Path
+from neo_jax.weights.row import Index, ParamPath
 
-# A parameter's path, its shape and type, and an index -> that part of it.
-ReadPart = Callable[[Path, jax.ShapeDtypeStruct, Index], np.ndarray]
+# Reads a part of a parameter, given its path, its shape and dtype, and an index.
+ReadPart = Callable[[ParamPath, jax.ShapeDtypeStruct, Index], np.ndarray]
 
 _BLOCK_BYTES = 64 * 2**20
 
 
 def param_target(c: ModelConfig, mesh: Mesh, dtype: str, weights: str | None = None) -> dict:
-    """Shape, type and place of every parameter: in `dtype`, matrices in int8 if `weights` says."""
+    """Shape, dtype and sharding of every parameter; matrices are int8 if `weights` is "int8"."""
     target = abstract_params(c, mesh, dtype)
     return as_int8(target) if weights == "int8" else target
 
 
 def place_params(target: dict, read: ReadPart) -> dict:
-    """Reads every parameter to the shape, type and place that `target` gives it.
+    """Reads every parameter into the shape, dtype and sharding of `target`.
 
-    What `target` has as `Int8Matrix` is read as float32 and quantised, alike on every mesh.
+    An `Int8Matrix` of `target` is read as float32 and quantised. Its values are the same on every
+    mesh, since a scale is always made from the whole channel.
     """
 
     def place(path, leaf):
@@ -40,7 +41,7 @@ def place_params(target: dict, read: ReadPart) -> dict:
         if isinstance(leaf, Int8Matrix):
             wide = jax.ShapeDtypeStruct(leaf.shape, np.float32)
             return _place_int8(leaf, lambda index: read(path, wide, index))
-        part = _once(lambda index: read(path, leaf, index), leaf.shape)
+        part = _cached(lambda index: read(path, leaf, index), leaf.shape)
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
 
     return jax.tree_util.tree_map_with_path(
@@ -48,38 +49,40 @@ def place_params(target: dict, read: ReadPart) -> dict:
     )
 
 
-def quantise(matrix: np.ndarray, summed: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """A float32 matrix as int8 values in -127..127 and scales, 1 wide in the axes `summed`."""
-    largest = np.maximum(matrix.max(summed, keepdims=True), -matrix.min(summed, keepdims=True))
+def quantise(matrix: np.ndarray, contracted: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """A float32 matrix as int8 values in -127..127 and scales of size 1 along `contracted` axes."""
+    largest = np.maximum(
+        matrix.max(contracted, keepdims=True), -matrix.min(contracted, keepdims=True)
+    )
     scale = largest / np.float32(127)
     values = matrix / np.where(scale == 0, np.float32(1), scale)
     return np.rint(values, out=values).astype(np.int8), scale
 
 
 def _place_int8(leaf: Int8Matrix, read: Callable[[Index], np.ndarray]) -> Int8Matrix:
-    # A dimension of size 1 passes for summed as well, which changes nothing.
-    summed = tuple(axis for axis, size in enumerate(leaf.scale.shape) if size == 1)
+    # A dimension of size 1 counts as contracted too, which changes nothing.
+    contracted = tuple(axis for axis, size in enumerate(leaf.scale.shape) if size == 1)
 
     def quantised(index: Index) -> tuple[np.ndarray, np.ndarray]:
         bounds = [i.indices(size)[:2] for i, size in zip(index, leaf.shape, strict=True)]
         shape = [stop - start for start, stop in bounds]
         values = np.empty(shape, np.int8)
-        scale = np.empty([1 if i in summed else n for i, n in enumerate(shape)], np.float32)
+        scale = np.empty([1 if i in contracted else n for i, n in enumerate(shape)], np.float32)
         step = max(1, _BLOCK_BYTES // (4 * math.prod(shape[1:])))
         for done in range(0, shape[0], step):
             block = slice(done, min(done + step, shape[0]))
             rows = slice(bounds[0][0] + block.start, bounds[0][0] + block.stop)
-            values[block], scale[block] = quantise(read((rows, *index[1:])), summed)
+            values[block], scale[block] = quantise(read((rows, *index[1:])), contracted)
         return values, scale
 
-    whole_channels = _once(quantised, leaf.shape)
+    whole_channels = _cached(quantised, leaf.shape)
 
     def widen(index: Index) -> Index:
-        return tuple(slice(None) if axis in summed else i for axis, i in enumerate(index))
+        return tuple(slice(None) if axis in contracted else i for axis, i in enumerate(index))
 
     def values(index: Index) -> np.ndarray:
-        own = tuple(i if axis in summed else slice(None) for axis, i in enumerate(index))
-        return whole_channels(widen(index))[0][own]
+        part = tuple(i if axis in contracted else slice(None) for axis, i in enumerate(index))
+        return whole_channels(widen(index))[0][part]
 
     def scale(index: Index) -> np.ndarray:
         return whole_channels(widen(index))[1]
@@ -90,8 +93,8 @@ def _place_int8(leaf: Int8Matrix, read: Callable[[Index], np.ndarray]) -> Int8Ma
     )
 
 
-def _once(read: Callable[[Index], Any], shape: tuple[int, ...]) -> Callable[[Index], Any]:
-    """`read`, answering from memory what several devices ask for."""
+def _cached(read: Callable[[Index], Any], shape: tuple[int, ...]) -> Callable[[Index], Any]:
+    """`read` with a cache, so that a part which several devices hold is read once."""
     parts = {}
 
     def part(index: Index):

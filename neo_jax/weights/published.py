@@ -1,4 +1,4 @@
-"""A published checkpoint directory: its model, its checked tensors, its parameters as arrays."""
+"""Reads a published checkpoint directory: its model, its tensors, its parameters as arrays."""
 
 import logging
 from collections.abc import Mapping
@@ -14,6 +14,7 @@ from neo_jax.sharding import make_mesh
 from neo_jax.weights import mapping
 from neo_jax.weights.directory import read_json
 from neo_jax.weights.place import param_target, place_params
+from neo_jax.weights.row import Index, Row
 from neo_jax.weights.tensor_files import Tensor, open_tensors
 
 LOG = logging.getLogger(__name__)
@@ -24,11 +25,11 @@ HEAD = "language_model.lm_head.weight"
 def read_config(
     directory: str | Path, tensors: dict[str, Tensor], dtype: str = "bfloat16"
 ) -> ModelConfig:
-    """The model that a directory's config.json and tensors describe."""
+    """Reads the model that a directory's config.json and tensors describe."""
     path = Path(directory) / "config.json"
     hf = read_json(path)
     says_tied = (hf.get("llm_config") or {}).get("tie_word_embeddings")
-    # Without the statement that it is tied, a missing head is a damaged checkpoint.
+    # Of a model that config.json calls untied, a missing head means a damaged checkpoint.
     tied = HEAD not in tensors and says_tied is not False
     try:
         layout = mapping.detect_layout(tensors)
@@ -40,12 +41,12 @@ def read_config(
 def open_published(
     directory: str | Path, dtype: str = "bfloat16"
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The model and the tensors of a directory as published. Reads headers only.
+    """Opens a published directory: its model, and its tensors by key. Reads headers only.
 
     Tensors of U1's generation branch are left out, with a warning that lists them.
 
     Raises:
-      InputError: if a file, key or shape is not as it should be.
+      InputError: naming every file, key and shape that does not fit the model.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -67,7 +68,7 @@ def open_published(
 
 
 def stored_dtype(tensors: Mapping[str, Tensor]) -> str:
-    """The narrowest of our types that holds every tensor exactly."""
+    """The narrower of "bfloat16" and "float32" that holds every tensor exactly."""
     return "bfloat16" if all(t.dtype == "BF16" for t in tensors.values()) else "float32"
 
 
@@ -77,19 +78,19 @@ def load_published(
     mesh: Mesh | None = None,
     weights: str | None = None,
 ) -> tuple[ModelConfig, dict]:
-    """Reads a directory as published.
+    """Loads a published checkpoint onto a mesh.
 
     Args:
       directory: holds config.json and model*.safetensors.
       dtype: of the parameters and of matrix products.
-      mesh: where the arrays go; default: `make_mesh` for this model.
+      mesh: of the arrays; default: `make_mesh` for this model.
       weights: "int8" quantises the matrices while they are read.
 
     Returns:
       the configuration and the parameters.
 
     Raises:
-      InputError: if a file, key or shape is not as it should be.
+      InputError: naming every file, key and shape that does not fit the model.
     """
     c, tensors = open_published(directory, dtype)
     if mesh is None:
@@ -98,7 +99,7 @@ def load_published(
 
 
 def read_params(c: ModelConfig, tensors: dict[str, Tensor], target: dict) -> dict:
-    """Reads every parameter to the shape, type and place that `target` gives it (`place.py`)."""
+    """Reads every parameter into the shape, dtype and sharding of `target` (`place.py`)."""
     table = {row.path: row for row in mapping.rows(c)}
 
     def read(path, leaf, index):
@@ -109,8 +110,8 @@ def read_params(c: ModelConfig, tensors: dict[str, Tensor], target: dict) -> dic
     return place_params(target, read)
 
 
-def read_part(row: mapping.Row, tensors: list[Tensor], leaf, index: mapping.Index) -> np.ndarray:
-    """The part `index` of a parameter, from its tensor, or from its layers' tensors."""
+def read_part(row: Row, tensors: list[Tensor], leaf, index: Index) -> np.ndarray:
+    """Reads the part `index` of a parameter, from its tensor or from the tensors of its layers."""
     shape = [len(range(*i.indices(n))) for i, n in zip(index, leaf.shape, strict=True)]
     out = np.empty(shape, jnp.dtype(leaf.dtype))
     if not row.is_layered:

@@ -1,4 +1,4 @@
-"""The safetensors files of a checkpoint directory: which tensors they hold, and parts of them."""
+"""Reads the safetensors files of a checkpoint directory: a list of tensors, and parts of them."""
 
 import collections
 import dataclasses
@@ -17,13 +17,13 @@ from neo_jax.weights.mapping import GENERATION
 
 INDEX = "model.safetensors.index.json"
 
-# The types that we read and write: as safetensors names them, and as numpy does.
+# The dtypes that we read and write: safetensors' name, then numpy's.
 DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """Where a tensor is, and what."""
+    """A tensor in a safetensors file. `tensor[index]` reads a part of it."""
 
     file: Path
     key: str
@@ -36,17 +36,17 @@ class Tensor:
         return math.prod(self.shape) * jnp.dtype(DTYPE_NAMES[self.dtype]).itemsize
 
     def blocks(self, limit: int) -> Iterator[np.ndarray]:
-        """All of it, in blocks of rows of at most about `limit` bytes."""
+        """Reads the whole tensor, in blocks of rows of about `limit` bytes or less."""
         rows = max(1, limit * self.shape[0] // max(1, self.num_bytes))
         for start in range(0, self.shape[0], rows):
             stop = min(start + rows, self.shape[0])
             yield self[(slice(start, stop), *[slice(None)] * (len(self.shape) - 1))]
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
-        """A part of it. Only that part is read.
+        """Reads a part of the tensor, and nothing else of the file.
 
-        Rows are read, not mapped: faults of mapped pages cost more than all the rest of a
-        conversion, and mapped pages count as the process's memory.
+        Whole rows are not memory-mapped: page faults would take longer than the rest of a
+        conversion, and mapped pages count as memory of the process.
         """
         dtype, columns = jnp.dtype(DTYPE_NAMES[self.dtype]), index[1:]
         try:
@@ -71,7 +71,7 @@ class Tensor:
 
 
 def open_tensors(directory: str | Path) -> dict[str, Tensor]:
-    """All tensors of a published checkpoint directory, by key. Reads headers only.
+    """Opens all tensors of a published checkpoint directory, by key. Reads headers only.
 
     Raises:
       InputError: naming every file that is missing, truncated or not safetensors, and every key
@@ -111,7 +111,7 @@ def open_tensors(directory: str | Path) -> dict[str, Tensor]:
 
 
 def _read_index(directory: Path) -> dict[str, str]:
-    """Key -> file name; empty when there is no index."""
+    """The file name of every key; empty if there is no index."""
     path = directory / INDEX
     if not path.exists():
         return {}

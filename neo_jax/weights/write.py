@@ -13,11 +13,11 @@ import numpy as np
 
 from neo_jax.weights.tensor_files import DTYPE_NAMES, INDEX
 
-# So many blocks are made at once, in threads, while one is written.
+# How many blocks threads compute while one is written.
 BLOCKS_AT_ONCE = 3
 
 Plan = Mapping[str, tuple[int, ...]]  # key -> shape
-Block = Callable[[], np.ndarray]  # makes some rows of a tensor
+Block = Callable[[], np.ndarray]  # computes a block of rows of a tensor
 
 
 def write_tensors(
@@ -30,26 +30,26 @@ def write_tensors(
 ) -> None:
     """Writes safetensors shards and, if there are several, their index.
 
-    The safetensors library writes whole files from memory; this holds a few blocks of rows.
+    The safetensors library writes whole files from memory. This holds only a few blocks of rows.
 
     Args:
-      directory: must exist; the caller makes the whole atomic.
+      directory: must exist; the caller makes the write atomic (`directory.new_directory`).
       plan: every tensor's key and shape, in the order of writing.
       dtype: F32, F16 or BF16.
-      blocks: key -> what makes the tensor's blocks of rows, in order.
+      blocks: key -> functions that compute the tensor's blocks of rows, in order.
       shard_size: bytes that a shard holds at most, unless a single tensor is larger.
-      on_bytes_written: told the bytes of each block written, for a progress bar.
+      on_bytes_written: called with the bytes of each block written, for a progress bar.
     """
     shards = list(_shards(plan, dtype, shard_size))
     weight_map, total = {}, 0
     with ThreadPoolExecutor(BLOCKS_AT_ONCE) as threads:
-        made = _ahead(threads, (block for key in plan for block in blocks(key)))
+        computed = _prefetch(threads, (block for key in plan for block in blocks(key)))
         for number, keys in enumerate(shards, 1):
             name = "model.safetensors"
             if len(shards) > 1:
                 name = f"model-{number:05}-of-{len(shards):05}.safetensors"
             shard = {key: plan[key] for key in keys}
-            total += _write_shard(directory / name, shard, dtype, made, on_bytes_written)
+            total += _write_shard(directory / name, shard, dtype, computed, on_bytes_written)
             weight_map |= dict.fromkeys(keys, name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -57,10 +57,12 @@ def write_tensors(
 
 
 def num_bytes(shape: tuple[int, ...], dtype: str) -> int:
+    """Bytes of a tensor; `dtype` is F32, F16 or BF16."""
     return int(np.prod(shape, dtype=np.int64)) * jnp.dtype(DTYPE_NAMES[dtype]).itemsize
 
 
 def _shards(plan: Plan, dtype: str, shard_size: int) -> Iterator[list[str]]:
+    """The keys of each file."""
     keys, size = [], 0
     for key, shape in plan.items():
         tensor = num_bytes(shape, dtype)
@@ -72,8 +74,8 @@ def _shards(plan: Plan, dtype: str, shard_size: int) -> Iterator[list[str]]:
     yield keys
 
 
-def _ahead(threads: ThreadPoolExecutor, blocks: Iterator[Block]) -> Iterator[np.ndarray]:
-    """The blocks in order, some of them made ahead."""
+def _prefetch(threads: ThreadPoolExecutor, blocks: Iterator[Block]) -> Iterator[np.ndarray]:
+    """The blocks in order; threads compute the next BLOCKS_AT_ONCE meanwhile."""
     waiting = collections.deque(
         threads.submit(block) for block in itertools.islice(blocks, BLOCKS_AT_ONCE)
     )
@@ -84,7 +86,7 @@ def _ahead(threads: ThreadPoolExecutor, blocks: Iterator[Block]) -> Iterator[np.
 
 
 def _write_shard(
-    path: Path, plan: Plan, dtype: str, made: Iterator[np.ndarray], on_bytes_written
+    path: Path, plan: Plan, dtype: str, computed: Iterator[np.ndarray], on_bytes_written
 ) -> int:
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for key, shape in plan.items():
@@ -98,7 +100,7 @@ def _write_shard(
         for key, shape in plan.items():
             rows = 0
             while rows < shape[0]:
-                block = next(made)
+                block = next(computed)
                 rows += len(block)
                 if block.shape[1:] != tuple(shape[1:]) or block.dtype.name != DTYPE_NAMES[dtype]:
                     raise ValueError(f"{key}: got {block.dtype} {block.shape}, planned {shape}")
