@@ -1,4 +1,4 @@
-"""Conversion both ways against copying the same bytes: wall time as a ratio, and peak memory.
+"""Measures conversion in both directions: peak memory, and wall time against copying the files.
 
 python -m benchmarks.convert --size 2b --directory /tmp/convert
 """
@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-# Run in a process of its own, so that its peak memory is its own.
+# Runs in a process of its own, so that peak memory is the conversion's.
 _CONVERT = """
 import resource, sys
 import jax, neo_jax
@@ -28,7 +28,7 @@ sys.exit(code)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", choices=("tiny", "2b", "9b"), default="2b")
-    parser.add_argument("--directory", type=Path, required=True, help="room for three copies")
+    parser.add_argument("--directory", type=Path, required=True, help="with room for three copies")
     parser.add_argument("--pairs", type=int, default=1)
     args = parser.parse_args()
     source = args.directory / f"{args.size}-hf"
@@ -61,6 +61,7 @@ def main() -> int:
 
 
 def timed(action) -> float:
+    """Seconds that an action takes."""
     start = time.perf_counter()
     action()
     return time.perf_counter() - start

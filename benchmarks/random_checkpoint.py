@@ -1,4 +1,4 @@
-"""Writes a checkpoint directory as published, with random weights: for tests of size and speed.
+"""Writes a published checkpoint directory with random weights, to test sizes and speeds.
 
 python -m benchmarks.random_checkpoint /tmp/neo-2b --size 2b
 """
@@ -65,22 +65,22 @@ def write_checkpoint(
     seed: int = 0,
     shard_size: int = 5 * 10**9,
 ) -> None:
-    """Random weights ~ N(0, 0.02), norms around 1, and a byte-level tokenizer without merges."""
+    """Writes weights ~ N(0, 0.02), norms around 1, and a byte-level tokenizer without merges."""
     directory.mkdir(parents=True)
     shapes = expected_tensors(c)
 
-    def draw(key: str) -> np.ndarray:
+    def sample(key: str) -> np.ndarray:
         rng = np.random.default_rng([seed, zlib.crc32(key.encode())])
         values = rng.standard_normal(shapes[key], np.float32) * np.float32(0.02)
         return (values + ("norm" in key)).astype(jnp.dtype(DTYPE_NAMES[dtype]))
 
-    write_tensors(directory, shapes, dtype, lambda key: [lambda: draw(key)], shard_size)
+    write_tensors(directory, shapes, dtype, lambda key: [lambda: sample(key)], shard_size)
     (directory / "config.json").write_text(json.dumps(c.to_hf(DTYPE_NAMES[dtype]), indent=2))
     write_tokenizer(directory, c.vocab_size)
 
 
 def write_tokenizer(directory: Path, vocab_size: int) -> None:
-    """The slow files of a tokenizer of single bytes, with NEO's ids if the vocabulary has room."""
+    """Writes a tokenizer of single bytes (slow format), with NEO's ids if the vocabulary has room."""
     base = 151643 if vocab_size > 151681 else 256
     vocab = {character: number for number, character in enumerate(_byte_characters())}
     vocab |= {f"<unused_{number}>": number for number in range(256, base)}
@@ -107,7 +107,7 @@ def write_tokenizer(directory: Path, vocab_size: int) -> None:
 
 
 def _byte_characters() -> list[str]:
-    """The printable characters by which byte-level BPE writes the bytes 0..255."""
+    """The printable characters that stand for the bytes 0..255 in byte-level BPE."""
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in shown]
     characters = {byte: chr(byte) for byte in shown}

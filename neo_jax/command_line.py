@@ -1,4 +1,4 @@
-"""What all commands share: exit codes, errors on one line, and types of arguments."""
+"""Exit codes, one-line errors and argument types that all commands share."""
 
 import argparse
 import os
@@ -15,9 +15,9 @@ def run_command(name: str, command: Callable[[], int], on_interrupt: str = "inte
     """Runs a command and returns its exit code: 2 for bad input, 130 for Ctrl-C.
 
     Args:
-      name: the first word of an error's line.
-      command: imports, parses and runs, so that all of it is covered.
-      on_interrupt: what Ctrl-C leaves the user with.
+      name: begins the line of an error.
+      command: imports its modules, parses the arguments and runs; errors of all three are caught.
+      on_interrupt: the message after Ctrl-C.
     """
     try:
         return command()

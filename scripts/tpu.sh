@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Runs one command of this project on every host of a TPU VM, pod or multislice; see docs/tpu.md.
 #
-#   scripts/tpu.sh setup                        installs the project on all hosts, or its newest state
+#   scripts/tpu.sh setup                        installs or updates the project on all hosts
 #   scripts/tpu.sh run train.py configs/neo_ov_9b_sft.py --pod v5e-256 start=... workdir=gs://...
 #   scripts/tpu.sh run infer.py eval --pod --model ... --bench ... --data ... --out ...
-#   scripts/tpu.sh log [LINES]                  the last lines of host 0
-#   scripts/tpu.sh stop                         SIGTERM: in training all hosts save their step and end
+#   scripts/tpu.sh log [LINES]                  the last lines of host 0's log
+#   scripts/tpu.sh stop                         SIGTERM; training first saves its step
 #
 # Needs TPU_NAME and ZONE, and for setup SOURCE, a git URL of this project. With SLICES=n, TPU_NAME is
-# the prefix of the n slices' names. LIBTPU_INIT_ARGS and JAX_COMPILATION_CACHE_DIR are handed on.
+# the prefix of the n slices' names. LIBTPU_INIT_ARGS and JAX_COMPILATION_CACHE_DIR are passed on.
 set -euo pipefail
 
 : "${TPU_NAME:?name of the TPU, or with SLICES the prefix of its slices names}" "${ZONE:?its zone}"
@@ -18,7 +18,7 @@ names() {
   if [[ -n ${SLICES:-} ]]; then seq -f "${TPU_NAME}-%.0f" 0 $((SLICES - 1)); else echo "$TPU_NAME"; fi
 }
 
-everywhere() { # COMMAND: on all hosts of all slices at once
+everywhere() { # COMMAND: runs it on all hosts of all slices at once
   local name pids=() failed=0
   for name in $(names); do
     gcloud compute tpus tpu-vm ssh "$name" --zone="$ZONE" --worker=all --command="$1" &
@@ -31,7 +31,7 @@ everywhere() { # COMMAND: on all hosts of all slices at once
 case ${1:-} in
   setup)
     : "${SOURCE:?a git URL of this project}"
-    # The images' own Python may be too old; uv brings one.
+    # The Python of the VM images may be too old; uv installs another.
     everywhere "set -e
       if test -d $FOLDER; then git -C $FOLDER pull --quiet --ff-only; else git clone '$SOURCE' $FOLDER; fi
       cd $FOLDER
@@ -41,8 +41,8 @@ case ${1:-} in
     ;;
   run)
     shift
-    # It goes on when the connection ends; each host keeps its process id and its log. The last
-    # command of the list alone runs in the background, so that its id is the program's own.
+    # The program survives the end of the connection; each host keeps its process id and its log.
+    # Only the last command of the list runs in the background, so $! is the program's own id.
     everywhere "cd $FOLDER || exit 1
       nohup env LIBTPU_INIT_ARGS='${LIBTPU_INIT_ARGS:-}' \
         JAX_COMPILATION_CACHE_DIR='${JAX_COMPILATION_CACHE_DIR:-}' \

@@ -1,4 +1,4 @@
-"""A checkpoint as published (safetensors) to our own (Orbax), streamed."""
+"""Converts a published checkpoint (safetensors) to our layout (Orbax), a few pieces at a time."""
 
 import argparse
 import sys
@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m convert.from_hf")
         "--mesh",
         type=options.mesh_shape,
         default=(1, 1, 1),
-        help="data x fsdp x tensor, as in 1x8x1: cut the files as this mesh splits the arrays "
+        help="data x fsdp x tensor, as in 1x8x1: store arrays in pieces as this mesh splits them "
         "(any mesh can read them)",
     )
     parser.add_argument("--check", action="store_true", help="verify SRC and write nothing")

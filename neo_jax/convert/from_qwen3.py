@@ -1,4 +1,4 @@
-"""Grows a NEO from a plain Qwen3 checkpoint (safetensors) into our own layout (Orbax), streamed."""
+"""Grows a NEO from a plain Qwen3 checkpoint (safetensors), in our layout (Orbax)."""
 
 import argparse
 import json
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m convert.from_qwen
         "--pre-buffer-from",
         type=Path,
         metavar="NEO_DIR",
-        help="take Pre-Buffer and patch embedding from this published NEO; default: random",
+        help="take Pre-Buffer and patch embedding from this published NEO; default: random ones",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the random tensors")
     parser.add_argument("--vocab-size", type=int, help="rows of the embedding, at least SRC's")

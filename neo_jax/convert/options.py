@@ -1,4 +1,4 @@
-"""What the three converters share: arguments, checks, a progress bar."""
+"""Arguments, checks and a progress bar that the three converters share."""
 
 import argparse
 import logging
@@ -15,6 +15,7 @@ from neo_jax.sharding import MESH_SIZES
 
 
 def parser(prog: str, doc: str | None, example: str) -> argparse.ArgumentParser:
+    """A parser with the arguments of every converter: SRC, DST and --overwrite."""
     result = make_parser(prog, doc, f"example: %(prog)s {example}")
     result.add_argument("source", metavar="SRC", type=Path)
     result.add_argument("target", metavar="DST", type=Path, nargs="?")
@@ -23,7 +24,11 @@ def parser(prog: str, doc: str | None, example: str) -> argparse.ArgumentParser:
 
 
 def convert(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
-    """Checks what all converters have in common, then runs one."""
+    """Checks SRC and DST, then runs a converter. Returns the exit code.
+
+    Raises:
+      InputError: if DST is missing, or SRC and DST overlap.
+    """
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("absl").setLevel(logging.ERROR)
     if args.target is None and not getattr(args, "check", False):
@@ -35,7 +40,7 @@ def convert(run: Callable[[argparse.Namespace], None], args: argparse.Namespace)
 
 
 def _refuse_overlap(source: Path | None, target: Path | None) -> None:
-    """Overwriting a directory must not take what is read with it."""
+    """Refuses a target that overlaps the source: overwriting it would delete the source."""
     if source is None or target is None:
         return
     one, other = source.resolve(), target.resolve()
@@ -49,6 +54,7 @@ def progress(total: int, what: str) -> tqdm:
 
 
 def log(message: str) -> None:
+    """Prints a line to standard error."""
     print(message, file=sys.stderr)
 
 

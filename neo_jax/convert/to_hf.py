@@ -1,4 +1,4 @@
-"""Our checkpoint, or a training run's newest step, to the published layout, streamed."""
+"""Converts our checkpoint, or a training run's newest step, to published safetensors."""
 
 import argparse
 import functools
@@ -22,9 +22,11 @@ def main(argv: list[str] | None = None, prog: str = "python -m convert.to_hf") -
         help="of the written tensors; default: as stored, or of a merged LoRA run bfloat16",
     )
     parser.add_argument(
-        "--merge-lora", action="store_true", help="work a LoRA run's factors into its base"
+        "--merge-lora", action="store_true", help="merge a LoRA run's factors into its base model"
     )
-    parser.add_argument("--shard-size", type=byte_size, default="5GB", metavar="SIZE")
+    parser.add_argument(
+        "--shard-size", type=byte_size, default="5GB", metavar="SIZE", help="of a file; default 5GB"
+    )
     return options.convert(run, parser.parse_args(argv))
 
 
@@ -35,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     if args.merge_lora and not checkpoint.lora:
         raise InputError(f"{args.source}: not a LoRA run; export it without --merge-lora")
     if checkpoint.lora and not args.merge_lora:
-        raise InputError(f"{args.source}: a LoRA run: add --merge-lora to work it into its base")
+        raise InputError(f"{args.source}: a LoRA run: add --merge-lora to merge it into its base")
     c, dtype = checkpoint.config, {"bf16": "bfloat16", "f32": "float32"}.get(args.dtype, args.dtype)
     settings = {
         "shard_size": args.shard_size,
@@ -43,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
         "overwrite": args.overwrite,
         "log": options.log,
     }
-    if checkpoint.lora:  # in memory, unlike the rest: every matrix changes
+    if checkpoint.lora:  # in memory, unlike other exports, since matrices change
         dtype = dtype or "bfloat16"
         _, params = load_params(args.source, "float32", None)
         with options.progress(num_bytes(c, dtype), "export") as bar:
@@ -58,6 +60,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _read(checkpoint: Checkpoint, stores, path, index):
+    """Reads a part of a parameter; InputError names a damaged one."""
     try:
         return stores[path][index].read().result()
     except ValueError as error:

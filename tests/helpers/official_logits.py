@@ -1,4 +1,6 @@
-"""Logits of the official PyTorch model for one exported directory; run by test_convert.py.
+"""Computes the logits of the official PyTorch model for an exported directory.
+
+test_convert.py runs this in a process of its own, since it needs torch:
 
 python official_logits.py VLMEvalKit DIR inputs.npz logits.npy
 """
@@ -13,7 +15,7 @@ import torch
 
 
 def main(official: str, directory: str, inputs: str, saved: str) -> None:
-    # The package around the model imports the whole toolkit; only to_hf is wanted.
+    # The package around the model imports the whole toolkit, so only its folder to_hf is imported.
     folder = Path(official) / "vlmeval/vlm/neo/to_hf"
     package = types.ModuleType("official")
     package.__path__ = [str(folder)]
