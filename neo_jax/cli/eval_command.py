@@ -1,9 +1,9 @@
-"""Benchmarks: answers, scores and a report; run it again to go on after a stop."""
+"""Evaluates on benchmarks: predictions, scores and a report. A stopped run can be continued."""
 
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -13,9 +13,10 @@ import neo_jax
 from neo_jax.cli.model_options import add_model_options
 from neo_jax.command_line import make_parser
 from neo_jax.errors import InputError
-from neo_jax.eval import multihost as pod
 from neo_jax.eval.benchmarks import TABLE
+from neo_jax.eval.multihost import Hosts, config_of, join, local_mesh
 from neo_jax.eval.run import Plan, evaluate, score_run, show
+from neo_jax.eval.score_predictions import ScoredBenchmark
 from neo_jax.eval.settings import PRESETS, make_settings
 from neo_jax.infer.request import Request, Result
 from neo_jax.model_config import ModelConfig
@@ -27,7 +28,7 @@ example: %(prog)s --model DIR --bench mmstar,docvqa --data DATA --out RUN --limi
 name=value sets system, prefix, min_pixels, max_pixels, num_frames, fps, temperature, top_k, top_p,
 repetition_penalty, max_new_tokens, seed and so on, for all benchmarks of the run.
 """
-_CPU_LENGTH = 8192  # tokens: room for 4096 new ones, which the engine's own choice there has not
+_CPU_LENGTH = 8192  # tokens; the engine's default on a CPU has no room for 4096 new ones
 
 
 def main(argv: list[str], prog: str) -> int:
@@ -35,18 +36,18 @@ def main(argv: list[str], prog: str) -> int:
     add_model_options(parser, required=False)
     add = parser.add_argument
     add("--bench", default="", metavar="A,B", help="names or groups; see --list")
-    add("--data", type=Path, metavar="DIR", help="a file or folder for each of them")
+    add("--data", type=Path, metavar="DIR", help="folder with a file or folder for each of them")
     add("--media", type=Path, metavar="DIR", help="images and videos, if elsewhere")
-    add("--out", type=Path, metavar="RUN", help="folder of answers and the report")
+    add("--out", type=Path, metavar="RUN", help="folder for predictions and the report")
     add("--preset", choices=PRESETS, default="greedy")
     add("--limit", type=int, metavar="N", help="only the first rows of each")
-    add("--score-only", action="store_true", help="score what RUN has; no model")
-    add("--retry-errors", action="store_true", help="ask again where it failed")
+    add("--score-only", action="store_true", help="score the predictions in RUN; no model")
+    add("--retry-errors", action="store_true", help="ask the failed rows again")
     add("--list", action="store_true", help="the benchmarks and their files")
-    add("--slots", type=int, default=8, help="requests that run at once")
+    add("--slots", type=int, default=8, help="requests that run at the same time")
     add("--max-length", type=int, help="tokens of a prompt and its answer")
     add("--kv-dtype", choices=("bfloat16", "float32", "int8"))
-    add("--pod", action="store_true", help="one host of a pod: ask the cloud who the others are")
+    add("--pod", action="store_true", help="one host of a pod; the cloud lists the others")
     add("settings", nargs="*", metavar="name=value")
     return run(parser.parse_args(argv))
 
@@ -59,13 +60,13 @@ def run(args: argparse.Namespace) -> int:
     if args.out is None:
         raise InputError("say where the run goes: --out RUN")
     if args.score_only:
-        return _end(score_run(args.out), args.out)
+        return _print_summary(score_run(args.out), args.out)
     for name in ("model", "data", "bench"):
         if not getattr(args, name):
             raise InputError(f"say --{name}, or --score-only for answers that are there")
     if args.limit is not None and args.limit < 1:
         raise InputError(f"--limit {args.limit}: use 1 or more")
-    make_settings("image", args.preset, {}, args.settings)  # says what is wrong before all else
+    make_settings("image", args.preset, {}, args.settings)  # reports bad settings first
     plan = Plan(
         args.bench, args.data, args.out, args.preset, args.settings, args.media, args.limit,
         args.retry_errors,
@@ -74,20 +75,20 @@ def run(args: argparse.Namespace) -> int:
         "directory": str(Path(args.model).resolve()),
         **{name: getattr(args, name) for name in ("dtype", "weights", "kv_dtype")},
     }
-    plan.files()  # what is missing is said before anything is loaded or written
-    config = pod.config_of(args.model)
-    hosts = pod.join(args.pod)
+    plan.files()  # reports missing files before anything is loaded or written
+    config = config_of(args.model)
+    hosts = join(args.pod)
     with contextlib.ExitStack() as bars:
         scored = evaluate(plan, model, _server(args, config, hosts), hosts, _progress(bars, hosts))
-    return _end(scored, args.out) if hosts.index == 0 else 0
+    return _print_summary(scored, args.out) if hosts.index == 0 else 0
 
 
-def _server(args: argparse.Namespace, config: ModelConfig, hosts: pod.Hosts):
+def _server(args: argparse.Namespace, config: ModelConfig, hosts: Hosts):
     loaded: list[neo_jax.Pipeline] = []
 
     def serve(requests: Iterator[Request]) -> Iterator[tuple[int, Result]]:
-        if not loaded:  # only once something is to be asked
-            mesh = pod.local_mesh(config) if hosts.count > 1 else None
+        if not loaded:  # only if a row has no answer yet
+            mesh = local_mesh(config) if hosts.count > 1 else None
             options = {"dtype": args.dtype, "weights": args.weights, "mesh": mesh}
             loaded.append(neo_jax.load(args.model, **options))
         (neo,) = loaded
@@ -100,8 +101,8 @@ def _server(args: argparse.Namespace, config: ModelConfig, hosts: pod.Hosts):
     return serve
 
 
-def _progress(bars: contextlib.ExitStack, hosts: pod.Hosts):
-    def of(name: str):
+def _progress(bars: contextlib.ExitStack, hosts: Hosts):
+    def bar_for(name: str):
         bar = bars.enter_context(
             tqdm(desc=name, unit=" rows", mininterval=1, disable=hosts.index > 0 or None)
         )
@@ -112,14 +113,14 @@ def _progress(bars: contextlib.ExitStack, hosts: pod.Hosts):
 
         return show_counts
 
-    return of
+    return bar_for
 
 
-def _end(scored, out: Path) -> int:
+def _print_summary(scored: Sequence[ScoredBenchmark], out: Path) -> int:
     for line in show(scored):
         print(line)
     print(f"see {out / 'report.md'} and {out / 'report.html'}")
     failed = sum(len(one.problems) for one in scored)
     if failed:
-        print(f"{failed} rows have problems, which the report names", file=sys.stderr)
+        print(f"{failed} rows have problems; see the report", file=sys.stderr)
     return 0

@@ -1,6 +1,8 @@
-"""The table of benchmarks. A new one of a known family is a row here and, at most, one function.
+"""The registry of benchmarks: one row of `TABLE` for each.
 
-Published scores are NEO-ov's, 2B and 9B, from its paper's tables.
+A row names the dataset file, the prompt (`prompts.py`), the scorer and the metrics (`scoring/`).
+A new benchmark of a known kind is one more row. Published scores are those of the NEO-ov paper, for
+2B and 9B.
 """
 
 import functools
@@ -12,7 +14,7 @@ from neo_jax.eval import prompts
 from neo_jax.eval.benchmark import Benchmark
 from neo_jax.eval.messages import Frames, named
 from neo_jax.eval.scoring import choice, free_text, spatial, videos, yes_no
-from neo_jax.eval.scoring.summary import overall
+from neo_jax.eval.scoring.metrics import overall
 from neo_jax.eval.tables import hub
 from neo_jax.eval.tables.benchmark_files import KINDS
 from neo_jax.eval.tables.rows import Row
@@ -27,7 +29,7 @@ def _by(*columns: str):
 
 
 def _choice(name, title, file, published=None, *, source="", **more) -> Benchmark:
-    """Multiple choice about pictures, as VLMEvalKit has it."""
+    """Multiple choice about images, as in VLMEvalKit; `more` replaces any part of it."""
     more = {
         "score_row": choice.score_row,
         "summarise": choice.summarise,
@@ -39,13 +41,14 @@ def _choice(name, title, file, published=None, *, source="", **more) -> Benchmar
 
 
 def _spatial(name, title, file, column, published=None, **more) -> Benchmark:
-    """Letters in free-form answers about space."""
+    """Spatial questions, whose free-form answers name a letter."""
     more = {"score_row": spatial.score_letter, "summarise": _by(column), **more}
     more = {"ask": prompts.choice, "source": f"{_EASI}/{file}.tsv", **more}
     return Benchmark(name, title, "spatial", (file,), published=published, **more)
 
 
 def _video(name, title, files, ask, videos_of, published=None, **more) -> Benchmark:
+    """Questions about videos."""
     more = {"adapt": hub.video, **more}
     return Benchmark(
         name, title, "video", files, ask_video=ask, videos=videos_of, published=published, **more
@@ -53,6 +56,7 @@ def _video(name, title, files, ask, videos_of, published=None, **more) -> Benchm
 
 
 def _plain_video(row: Row) -> Sequence[str]:
+    """The possible names of a row's video, the likeliest first."""
     names = [row.get(name) for name in ("video_path", "video", "videoid", "video_id", "key", "id")]
     return [f"{row['prefix']}/{row.get('video')}" if "prefix" in row else "", *filter(None, names)]
 
@@ -213,7 +217,7 @@ BENCHMARKS = {benchmark.name: benchmark for benchmark in TABLE}
 
 
 def choose(names: str) -> list[Benchmark]:
-    """The benchmarks of a list such as "mmbench,docvqa"; or of a group: image, spatial, video."""
+    """The benchmarks of a list of names and groups, such as "mmbench,docvqa" or "spatial"."""
     found: list[Benchmark] = []
     for name in filter(None, (name.strip().lower() for name in names.split(","))):
         group = [benchmark for benchmark in TABLE if benchmark.group == name]
@@ -232,12 +236,13 @@ def find_file(benchmark: Benchmark, data: Path) -> Path:
     if not data.is_dir():
         raise InputError(f"{data}: no such folder")
 
-    def plain(name: str) -> str:
+    def letters_and_digits(name: str) -> str:
         return "".join(sign for sign in name.lower() if sign.isalnum())
 
-    wanted = {plain(name) for name in (*benchmark.files, benchmark.name)}
+    wanted = {letters_and_digits(name) for name in (*benchmark.files, benchmark.name)}
     for path in sorted(data.iterdir(), key=lambda path: (path.is_dir(), path)):
-        if plain(path.stem if path.suffix in KINDS else path.name) in wanted:
+        name = path.stem if path.suffix in KINDS else path.name
+        if letters_and_digits(name) in wanted:
             return path
     raise InputError(
         f"{data}: nothing there for {benchmark.name}: put {benchmark.files[0]}.tsv, or a folder "

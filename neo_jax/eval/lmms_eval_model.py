@@ -1,8 +1,8 @@
 """NEO for lmms-eval: `lmms_eval --model neo_ov --model_args pretrained=DIR --tasks ...`.
 
-Installed beside lmms-eval, this takes the place of its own `neo_ov`, which needs CUDA: its tasks
-run unchanged, with the same prompts and settings, greedy unless a task samples. Only
-this module knows lmms-eval, and nothing else imports it. See docs/evaluation.md.
+Installed beside lmms-eval, this model replaces its own `neo_ov`, which needs CUDA. Its tasks run
+unchanged, with the same prompts and settings, greedy unless a task samples. No other module
+imports lmms-eval or this one. See docs/evaluation.md.
 """
 
 import re
@@ -23,20 +23,20 @@ from neo_jax.errors import InputError
 
 
 def manifest() -> ModelManifest:
-    """What the entry point `lmms_eval.models` gives."""
+    """The entry point `lmms_eval.models`."""
     path = f"{__name__}.{NeoJax.__name__}"
     return ModelManifest(model_id="neo_ov", chat_class_path=path, aliases=("neo_jax",))
 
 
 class NeoJax(lmms):
-    """The model as lmms-eval sees it.
+    """NEO behind lmms-eval's model interface.
 
     Args:
-      pretrained: a directory as published, or one of our checkpoints.
+      pretrained: a published directory or a checkpoint.
       dtype, weights: as of `neo_jax.load`.
       slots, max_length, kv_dtype: as of `Engine`.
-      min_pixels, max_pixels, system_prompt, max_new_tokens: of tasks that do not say.
-      **ignored: what lmms-eval gives every model, such as a torch device.
+      min_pixels, max_pixels, system_prompt, max_new_tokens: for tasks that do not set them.
+      **ignored: arguments that lmms-eval gives every model, such as a torch device.
     """
 
     is_simple = False
@@ -70,15 +70,15 @@ class NeoJax(lmms):
         }
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
-        """Answers to all requests, in their order; they run together."""
+        """Answers all requests together; returns the answers in their order."""
         found: list[GenerationResult | None] = [None] * len(requests)
-        asked = (self._request(number, one) for number, one in enumerate(requests))
-        results = self._neo.serve(asked, **self._engine)
+        neo_requests = (self._request(number, one) for number, one in enumerate(requests))
+        results = self._neo.serve(neo_requests, **self._engine)
         for number, result in tqdm(results, total=len(requests), desc="neo_jax"):
             context, _, options, *_ = requests[number].args
             if result.error:
                 warnings.warn(f"request {number}: {result.error}", stacklevel=2)
-            text = _without_thoughts(result.text) if options.get("remove_think") else result.text
+            text = _without_reasoning(result.text) if options.get("remove_think") else result.text
             count = result.usage.get("completion_tokens", 0)
             found[number] = GenerationResult(text, TokenCounts(output_tokens=count))
             self.cache_hook.add_partial("generate_until", (context, options), text)
@@ -87,11 +87,13 @@ class NeoJax(lmms):
     def _request(self, number: int, instance: Instance) -> Request:
         _, to_messages, options, doc_id, task, split = instance.args
         document = self.task_dict[task][split][doc_id]
-        return self._made(ChatMessages(messages=to_messages(document)), options, number)
+        return self._to_request(ChatMessages(messages=to_messages(document)), options, number)
 
-    def _made(self, said: ChatMessages, options: Mapping[str, Any], number: int) -> Request:
+    def _to_request(
+        self, conversation: ChatMessages, options: Mapping[str, Any], number: int
+    ) -> Request:
         system, prompt, images, videos = self._system, "", [], []
-        for message in said.messages:
+        for message in conversation.messages:
             texts = [part.text for part in message.content if part.type == "text"]
             if message.role == "system":
                 system = "\n".join(texts).strip() or system
@@ -114,17 +116,17 @@ class NeoJax(lmms):
             images=images,
             video=videos[0] if videos else None,
             system=str(options.get("system_prompt", system)).replace("\\n", "\n"),
-            min_pixels=int(float(self._of("min_pixels", options))),
-            max_pixels=int(float(self._of("max_pixels", options))),
+            min_pixels=int(float(self._option("min_pixels", options))),
+            max_pixels=int(float(self._option("max_pixels", options))),
             num_upscaled=len(images) * is_upscaled,
             sampling=self._sampling(options, number),
         )
 
-    def _of(self, name: str, options: Mapping[str, Any]) -> Any:
+    def _option(self, name: str, options: Mapping[str, Any]) -> Any:
         return options.get(name, self._defaults[name])
 
     def _sampling(self, options: Mapping[str, Any], number: int) -> Sampling:
-        chosen = {"max_new_tokens": int(self._of("max_new_tokens", options)), "seed": number}
+        chosen = {"max_new_tokens": int(self._option("max_new_tokens", options)), "seed": number}
         names = ("temperature", "top_p", "top_k", "repetition_penalty")
         given = {name: options[name] for name in names if options.get(name) is not None}
         if not options.get("do_sample"):
@@ -140,5 +142,5 @@ class NeoJax(lmms):
         raise NotImplementedError("neo_jax answers once: use generate_until tasks")
 
 
-def _without_thoughts(text: str) -> str:
+def _without_reasoning(text: str) -> str:
     return re.sub(r"<(think|thinking)>.*?</\1>", "", text, flags=re.S | re.I).strip()

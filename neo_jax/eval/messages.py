@@ -1,7 +1,7 @@
-"""A question as text and pictures in order, and the prompt that the official wrappers make of it.
+"""Prompt layout: where the images of a message, or the frames of a video, stand in the prompt.
 
-What a prompt says was in front of the model when the published scores were taken: line ends, spaces
-and order are theirs (`tests/golden/chat/evaluation_prompts.json`).
+The published scores depend on it, so line ends, spaces and order are those of the official wrappers
+(`tests/golden/chat/evaluation_prompts.json`). The wording is in `prompts.py`.
 """
 
 import dataclasses
@@ -15,20 +15,20 @@ from neo_jax.data.video import Video, frame_marks, video_header
 from neo_jax.errors import InputError
 from neo_jax.eval.tables.rows import Row
 
-Message = Sequence[str | None]  # texts, and None where the next picture is
+Message = Sequence[str | None]  # texts, and None for the next image
 Layout = Callable[[Message], str]
-Subtitle = tuple[float, float, str]  # start and end in seconds, and what is said
+Subtitle = tuple[float, float, str]  # start and end in seconds, text
 
 
 def general(message: Message) -> str:
-    """A picture alone goes in front, several stay in their places, each with a line end."""
+    """A single image goes first; several stay in their places, each followed by a line end."""
     if list(message).count(None) == 1:
         return f"{IMAGE_MARK}\n" + "\n".join(part for part in message if part is not None)
     return "".join(f"{IMAGE_MARK}\n" if part is None else part for part in message)
 
 
 def spatial(message: Message) -> str:
-    """As `general` for one; several are numbered in front, and named where they stood.
+    """A single image as in `general`; several go first, numbered, and leave their names in place.
 
     Image-1: <image>
     Image-2: <image>
@@ -37,49 +37,50 @@ def spatial(message: Message) -> str:
     count = list(message).count(None)
     if count == 1:
         return general(message)
-    names, said = _with_names(message)
-    prompt = "".join(f"{name[1:-1]}: {IMAGE_MARK}\n" for name in names) + said
+    names, text = _with_names(message)
+    prompt = "".join(f"{name[1:-1]}: {IMAGE_MARK}\n" for name in names) + text
     return prompt.replace("".join(names), "") if names else prompt
 
 
 def named(message: Message) -> str:
-    """MUIRBench's: numbered in front and named in their places, also if there is one."""
-    names, said = _with_names(message)
-    return "".join(f"{name}: {IMAGE_MARK}\n" for name in names) + said
+    """MUIRBench's layout: images first, numbered, and their names in place, even for one image."""
+    names, text = _with_names(message)
+    return "".join(f"{name}: {IMAGE_MARK}\n" for name in names) + text
 
 
 def _with_names(message: Message) -> tuple[list[str], str]:
-    """The names of the pictures, and the text with them in their places."""
+    """The names of the images, and the text with each name in its image's place."""
     names = [f"<Image-{number}>" for number in range(1, list(message).count(None) + 1)]
     rest = iter(names)
     return names, "".join(next(rest) if part is None else part for part in message)
 
 
-def marks_to_parts(text: str, count: int, *, to_spare: bool = False) -> list[str | None]:
-    """Text with <image> marks as a message of `count` pictures; texts lose spaces at their ends.
+def marks_to_parts(text: str, count: int, *, append_spare: bool = False) -> list[str | None]:
+    """Splits text at its <image> marks into a message of up to `count` images; strips the texts.
 
-    `to_spare` puts a picture after each text as long as there are any, as MUIRBench's code does.
+    Args:
+      append_spare: put an image after the last text too if one is left, as MUIRBench's code does.
     """
     texts = text.split(IMAGE_MARK)
     parts: list[str | None] = []
     for place, one in enumerate(texts):
         parts += [one.strip()] if one.strip() else []
-        if place < count and (to_spare or place < len(texts) - 1):
+        if place < count and (append_spare or place < len(texts) - 1):
             parts.append(None)
     return parts
 
 
 @dataclasses.dataclass(frozen=True)
 class Frames:
-    """How the chosen frames of a video and a question become a prompt, when they are known."""
+    """The prompt layout of a video: sampled frames, subtitles, then the question."""
 
     before: str = ""  # in front of the frames
-    header: bool = True  # the line that tells time range and rate
-    labels: str = "times"  # of each frame: "times", "numbers" or "none"
+    header: bool = True  # a line with the time range and the frame rate
+    labels: str = "times"  # before each frame: "times", "numbers" or "none"
     subtitles: tuple[Subtitle, ...] = ()
 
     def __call__(self, video: Video, question: str) -> str:
-        # As officially: what the question calls an image is a frame.
+        # As officially: the images that a question names are frames.
         question = re.sub(r"Image-(?=[1-9])", "Frame-", question)
         marks = frame_marks(video, self.labels)
         lines, placed = [], 0
@@ -97,7 +98,11 @@ class Frames:
 
 
 def read_subtitles(path: Path, row: Row) -> tuple[Subtitle, ...]:
-    """LongVideoBench's file of what is said, from the video's own start on."""
+    """Reads a subtitle file of LongVideoBench; times count from the start of the video.
+
+    Raises:
+      InputError: if it cannot be read or has another form.
+    """
     try:
         lines = json.loads(path.read_text())
         offset = float(row.get("starting_timestamp_for_subtitles", 0))

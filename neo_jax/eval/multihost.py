@@ -1,4 +1,7 @@
-"""Several hosts as one run: who asks what, and what each has, known to all."""
+"""Evaluation on several hosts: data parallel, a whole model on each, rows divided among them.
+
+`Hosts` exchanges bytes between the processes, so that they need no common disk.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -17,13 +20,16 @@ from neo_jax.weights.published import open_published
 
 @dataclasses.dataclass(frozen=True)
 class Hosts:
-    """This process among all that share the rows."""
+    """The index of this process, and how many share the rows."""
 
     index: int = 0
     count: int = 1
 
     def all_gather_bytes(self, data: bytes) -> list[bytes]:
-        """What each host gave, in their order. All must call it, as often as each other."""
+        """The bytes of every host, in the order of hosts.
+
+        A collective: every host must make the same calls in the same order.
+        """
         if self.count == 1:
             return [data]
         sizes = multihost_utils.process_allgather(np.array([len(data)], np.int32))
@@ -42,11 +48,11 @@ def join(is_pod: bool = False) -> Hosts:
 
 
 def config_of(model: str | Path) -> ModelConfig:
-    """The configuration of a directory of either kind; its weights are not read."""
+    """The configuration of a published directory or a checkpoint; reads no weights."""
     checkpoint = find_checkpoint(model)
     return checkpoint.config if checkpoint else open_published(model)[0]
 
 
 def local_mesh(config: ModelConfig) -> Mesh:
-    """A mesh of this host's devices alone: each host has the model for itself."""
+    """A mesh of this host's devices only, for a model of its own."""
     return make_mesh(None, jax.local_devices(), num_key_value_heads=config.num_key_value_heads)

@@ -1,6 +1,6 @@
-"""The HTML page of sampled questions: picture, answer, prediction and verdict, in one file.
+"""report.html: sampled questions with image, right answer, prediction and verdict, in one file.
 
-Pictures are small copies that are kept when the questions are asked, so scoring anew needs no data.
+Its thumbnails are written when the questions are asked, so scoring needs no dataset.
 """
 
 import base64
@@ -13,12 +13,12 @@ from PIL import Image
 from neo_jax.data.image import open_rgb
 from neo_jax.data.video import load_video
 from neo_jax.errors import InputError
-from neo_jax.eval.predictions import Work
-from neo_jax.eval.score import Scored
+from neo_jax.eval.predictions import Task
+from neo_jax.eval.score_predictions import ScoredBenchmark
 
 SAMPLES, VIDEO_SAMPLES = 100, 24  # rows of a benchmark
-_SIDE = 320  # pixels of a small copy
-_PICTURES = 4  # of a row
+_SIDE = 320  # pixels of a thumbnail
+_IMAGES = 4  # of a row
 _FOLDER = "samples"
 
 _STYLE = """
@@ -31,38 +31,38 @@ dd { margin: 0 0 .3em 7em } #only:checked ~ section article.right { display: non
 """
 
 
-def keep_samples(work: Work, folder: Path, rows: int) -> None:
-    """Keeps small copies of the pictures of some of the first rows, evenly chosen."""
-    most = SAMPLES if work.benchmark.ask_video is None else VIDEO_SAMPLES
+def keep_samples(task: Task, folder: Path, rows: int) -> None:
+    """Writes thumbnails of the images of evenly spaced rows among the first `rows`."""
+    most = SAMPLES if task.benchmark.ask_video is None else VIDEO_SAMPLES
     count = min(rows, most)
     folder = folder / _FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     for place in range(count):
         number = place * rows // count
         if not list(folder.glob(f"{number + 1}-*.jpg")):
-            for index, picture in enumerate(_small(work, number)):
-                picture.save(folder / f"{number + 1}-{index}.jpg", quality=80)
+            for index, image in enumerate(_thumbnails(task, number)):
+                image.save(folder / f"{number + 1}-{index}.jpg", quality=80)
 
 
-def _small(work: Work, number: int) -> list[Image.Image]:
-    request = work.record(number).request
+def _thumbnails(task: Task, number: int) -> list[Image.Image]:
+    request = task.record(number).request
     if request is None:
         return []
     try:
         if request.video is not None:
             span = {k: v for k, v in request.video_options.items() if k in ("span", "frame_rate")}
-            video = load_video(request.video, num_frames=_PICTURES, max_pixels=_SIDE**2, **span)
+            video = load_video(request.video, num_frames=_IMAGES, max_pixels=_SIDE**2, **span)
             return list(video.frames)
-        pictures = [open_rgb(picture) for picture in request.images[:_PICTURES]]
+        images = [open_rgb(image) for image in request.images[:_IMAGES]]
     except InputError:
-        return []  # its line says what is wrong
-    for picture in pictures:
-        picture.thumbnail((_SIDE, _SIDE))
-    return pictures
+        return []  # the line of the row in predictions.jsonl has the error
+    for image in images:
+        image.thumbnail((_SIDE, _SIDE))
+    return images
 
 
-def render(scored: Sequence[Scored], out: Path) -> str:
-    """The page of a run, whose folders have the small copies."""
+def render(scored: Sequence[ScoredBenchmark], out: Path) -> str:
+    """The HTML page of a run; reads the thumbnails in the folders of its benchmarks."""
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><title>Evaluation</title>",
         f"<style>{_STYLE}</style><h1>Sampled questions</h1>",
@@ -75,29 +75,29 @@ def render(scored: Sequence[Scored], out: Path) -> str:
     return "\n".join([*parts, "</html>", ""])
 
 
-def _articles(one: Scored, folder: Path) -> Iterator[str]:
+def _articles(one: ScoredBenchmark, folder: Path) -> Iterator[str]:
     kept: dict[int, list[Path]] = {}
     for path in sorted(folder.glob("*-*.jpg")):
         kept.setdefault(int(path.stem.split("-")[0]), []).append(path)
     texts = {int(answer["id"].split()[1]): answer for answer in one.answers}
-    for number, scored_rows in zip(one.numbers, one.scored_rows, strict=True):
+    for number, scored_row in zip(one.row_numbers, one.scored_rows, strict=True):
         if number not in kept and len(one.scored_rows) > SAMPLES:
             continue
-        score = scored_rows.verdict.score
+        score = scored_row.verdict.score
         verdict = "right" if score == 1 else "wrong" if score == 0 else "part"
         answer = texts[number]
         yield f"<article class={verdict}>"
-        yield "".join(map(_picture, kept.get(number, ())))
+        yield "".join(map(_image_tag, kept.get(number, ())))
         fields = {
-            "row": f"{number} (index {scored_rows.row.get('index', 'none')})",
-            "question": _question(scored_rows.row),
-            "answer": scored_rows.row.get("answer", "none in the file"),
+            "row": f"{number} (index {scored_row.row.get('index', 'none')})",
+            "question": _question(scored_row.row),
+            "answer": scored_row.row.get("answer", "none in the file"),
             "prediction": answer.get("error") or answer["text"],
-            "understood": scored_rows.verdict.said,
+            "understood": scored_row.verdict.parsed,
             "verdict": f"{verdict}, {score:.3g}",
         }
-        if scored_rows.verdict.fault:
-            fields["fault"] = scored_rows.verdict.fault
+        if scored_row.verdict.fault:
+            fields["fault"] = scored_row.verdict.fault
         yield "<dl>"
         for name, value in fields.items():
             yield f"<dt>{name}</dt><dd><pre>{html.escape(str(value))}</pre></dd>"
@@ -110,6 +110,6 @@ def _question(row) -> str:
     return "\n".join([str(row.get("question", "")), *sorted(options), *listed])
 
 
-def _picture(path: Path) -> str:
+def _image_tag(path: Path) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
     return f'<img src="data:image/jpeg;base64,{data}" alt="">'

@@ -1,4 +1,4 @@
-"""PNG plots of a report: scores beside the published ones, and how long answers are."""
+"""PNG plots of a report: scores beside the published ones, categories, and token counts."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,9 +6,9 @@ from typing import Any
 
 
 def draw(parts: Sequence[dict[str, Any]], folder: Path) -> list[str]:
-    """Draws what `report.describe` gave; names of the files from the folder above.
+    """Draws the parts that `report.describe` makes; returns paths relative to the folder above.
 
-    None where matplotlib, the extra [plots], is not installed.
+    An empty list where matplotlib, the extra [plots], is not installed.
     """
     try:
         from matplotlib.figure import Figure
@@ -63,7 +63,7 @@ def _categories(axes: Any, part: dict[str, Any]) -> None:
 
 def _lengths(axes: Any, part: dict[str, Any]) -> None:
     lengths = part["lengths"]
-    bins = sorted({*lengths["prompt"], *lengths["completion"]}, key=_start)
+    bins = sorted({*lengths["prompt"], *lengths["completion"]}, key=_lower_bound)
     for shift, name, label in ((-0.2, "prompt", "prompts"), (0.2, "completion", "answers")):
         places = [place + shift for place in range(len(bins))]
         axes.bar(places, [lengths[name].get(one, 0) for one in bins], 0.4, label=label)
@@ -72,5 +72,5 @@ def _lengths(axes: Any, part: dict[str, Any]) -> None:
     axes.legend(fontsize="x-small")
 
 
-def _start(bounds: str) -> int:
+def _lower_bound(bounds: str) -> int:
     return int(bounds.split("-")[0])

@@ -1,8 +1,9 @@
-"""The answers to a benchmark's rows: asked once, kept line by line, merged from all hosts.
+"""Predictions: the model's answers to the rows of a benchmark, in `predictions.jsonl`.
 
-A folder has `settings.json`, `predictions.jsonl` with a line for each row that is answered, as
-`infer/offline.py` writes it, and while several hosts run `predictions.1.jsonl` and so on. A line's
-`meta` is its row without pictures, so that nothing else is needed for a score.
+A benchmark's folder has `settings.json`, and a line of `predictions.jsonl` for each answer, as
+`infer/offline.py` writes it. A restarted run asks only the missing rows. While several hosts run,
+each but the first writes `predictions.N.jsonl`; the first host merges them at the end. The `meta`
+of a line is the row without its images, so that scoring needs no other file.
 """
 
 import collections
@@ -19,28 +20,29 @@ from neo_jax.errors import InputError
 from neo_jax.eval.benchmark import Benchmark
 from neo_jax.eval.multihost import Hosts
 from neo_jax.eval.settings import Settings, differences
-from neo_jax.eval.tables.benchmark_files import Table, is_picture_column
+from neo_jax.eval.tables.benchmark_files import Table, is_image_column
 from neo_jax.eval.tables.rows import Row
 from neo_jax.infer.offline import Counts, Serve, answer_records
 from neo_jax.infer.request import Request, Result
 from neo_jax.infer.request_json import Record
 
 PREDICTIONS, SETTINGS, TIMES = "predictions.jsonl", "settings.json", "times.jsonl"
+# Compared with what is in predictions.jsonl, so these words are part of the file format.
 LEFT_OUT = "no picture, as others have: not asked and not scored, as officially"
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
-    """A benchmark with all that decides its answers."""
+class Task:
+    """A benchmark with its dataset, settings and model: all that decides the answers."""
 
     benchmark: Benchmark
     table: Table
     settings: Settings
-    folders: Sequence[Path]  # where pictures and videos may be
-    model: Mapping[str, Any]  # what decides the answers besides; JSON
+    folders: Sequence[Path]  # searched for images and videos
+    model: Mapping[str, Any]  # its directory, dtype and so on; JSON
 
     def record(self, number: int) -> Record:
-        """The request of a row, or what is wrong with it."""
+        """The request for a row, or the error in it."""
         name, row, request, error = f"row {number + 1}", {}, None, None
         try:
             row = self.benchmark.row(self.table, number)
@@ -49,17 +51,15 @@ class Work:
             request = self.benchmark.request(row, number, self.table, self.settings, self.folders)
         except InputError as problem:
             error = str(problem)
-        said = [dataclasses.asdict(self.settings), dict(self.model), request and request.prompt]
-        key = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
-        return Record(number + 1, name, key, _kept(row), request, error)
+        parts = [dataclasses.asdict(self.settings), dict(self.model), request and request.prompt]
+        key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+        return Record(number + 1, name, key, _json_cells(row), request, error)
 
 
-def _kept(row: Row) -> dict[str, Any]:
-    """What of a row is kept with its answer: no pictures, nothing that is not JSON."""
+def _json_cells(row: Row) -> dict[str, Any]:
+    """The cells of a row that are kept with its answer: JSON values, no images."""
     return {
-        name: value
-        for name, value in row.items()
-        if not is_picture_column(name) and _is_json(value)
+        name: value for name, value in row.items() if not is_image_column(name) and _is_json(value)
     }
 
 
@@ -72,7 +72,7 @@ def _is_json(value: Any) -> bool:
 
 
 def predict(
-    work: Work,
+    task: Task,
     folder: Path,
     serve: Serve,
     *,
@@ -81,26 +81,28 @@ def predict(
     retry_errors: bool = False,
     on_progress: Callable[[Counts], None] = lambda counts: None,
 ) -> None:
-    """Asks what of a benchmark has no answer in `folder` yet, this host its share of it.
+    """Answers this host's share of the rows that have no answer in `folder` yet.
 
     Args:
-      serve: see `run_batch`; not called if there is nothing to ask.
-      limit: ask only the first rows.
+      serve: as of `infer.offline.run_batch`; not called if no row is missing.
+      limit: use only the first rows.
+      retry_errors: ask again the rows whose answer is an error.
+      on_progress: called first and after each answer.
 
     Raises:
-      InputError: if the folder has answers under other settings, saying which differ.
+      InputError: if the folder's answers used different settings; names the differences.
     """
     own = folder / (f"predictions.{hosts.index}.jsonl" if hosts.index else PREDICTIONS)
-    _check_settings(work, folder, hosts)
-    kept = _answered(own, retry_errors)
-    missing = _share(work, folder, hosts, limit, retry_errors)
+    _check_settings(task, folder, hosts)
+    kept = _answered_ids(own, retry_errors)
+    missing = _missing_rows(task, folder, hosts, limit, retry_errors)
     numbers = sorted({*missing, *(int(name.split()[1]) - 1 for name in kept)})
 
     def read() -> Iterator[Record]:
-        return (work.record(number) for number in numbers)
+        return (task.record(number) for number in numbers)
 
     def timed(requests: Iterator[Request]) -> Iterator[tuple[int, Result]]:
-        results = serve(requests)  # loads the model, which is not counted
+        results = serve(requests)  # loads the model, which the time leaves out
         start = time.monotonic()
         for count, result in enumerate(results, 1):
             yield result
@@ -110,50 +112,51 @@ def predict(
     is_needed = any(hosts.all_gather_bytes(b"1" if missing else b""))
     if missing:
         options = {"retry_errors": retry_errors, "on_progress": on_progress}
-        answer_records(read, work.table.path, own, timed, **options)
+        answer_records(read, task.table.path, own, timed, **options)
         _log_time(folder, hosts, times)
     elif is_needed and hosts.count > 1:
-        collections.deque(serve(iter(())), maxlen=0)  # all hosts load it, or none
+        collections.deque(serve(iter(())), maxlen=0)  # loading the model is a collective
     _merge(folder, hosts)
 
 
-def _check_settings(work: Work, folder: Path, hosts: Hosts) -> None:
+def _check_settings(task: Task, folder: Path, hosts: Hosts) -> None:
     path = folder / SETTINGS
-    rows = len(work.table)
+    rows = len(task.table)
     now = {
-        "benchmark": work.benchmark.name,
-        "settings": dataclasses.asdict(work.settings),
-        "model": dict(work.model),
-        "data": {"file": work.table.path.name, "rows": rows},
+        "benchmark": task.benchmark.name,
+        "settings": dataclasses.asdict(task.settings),
+        "model": dict(task.model),
+        "data": {"file": task.table.path.name, "rows": rows},
     }
-    is_begun = path.exists() and any(True for _ in _all_lines(folder))
-    differing = differences(json.loads(path.read_text()), now) if is_begun else []
-    for said in hosts.all_gather_bytes("; ".join(differing).encode()):
-        if said:
+    has_answers = path.exists() and any(True for _ in _read_all_lines(folder))
+    differing = differences(json.loads(path.read_text()), now) if has_answers else []
+    # Gathered, so that all hosts stop if the settings of one differ.
+    for message in hosts.all_gather_bytes("; ".join(differing).encode()):
+        if message:
             raise InputError(
-                f"{folder}: its answers were made otherwise ({said.decode()}): choose another "
-                "--out, or run as before"
+                f"{folder}: its answers used different settings ({message.decode()}): choose "
+                "another --out, or use the settings of before"
             )
-    if hosts.index == 0 and not is_begun:
+    if hosts.index == 0 and not has_answers:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(now, indent=2) + "\n")
+        write_atomic(path, json.dumps(now, indent=2) + "\n")
 
 
-def _share(
-    work: Work, folder: Path, hosts: Hosts, limit: int | None, retry_errors: bool
+def _missing_rows(
+    task: Task, folder: Path, hosts: Hosts, limit: int | None, retry_errors: bool
 ) -> list[int]:
-    """Numbers of the rows that no host has answered and that are ours to ask."""
-    lines = (answer for answer, _ in _all_lines(folder))
-    here = sorted({a["id"] for a in lines if not (retry_errors and "error" in a)})
-    parts = hosts.all_gather_bytes(json.dumps(here).encode())
+    """This host's share of the rows that no host has answered; numbers from 0."""
+    lines = (answer for answer, _ in _read_all_lines(folder))
+    answered = sorted({a["id"] for a in lines if not (retry_errors and "error" in a)})
+    parts = hosts.all_gather_bytes(json.dumps(answered).encode())
     done = {name for part in parts for name in json.loads(part)}
-    wanted = range(min(len(work.table), limit or len(work.table)))
+    wanted = range(min(len(task.table), limit or len(task.table)))
     missing = [number for number in wanted if f"row {number + 1}" not in done]
     return missing[hosts.index :: hosts.count]
 
 
-def _lines(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
-    """Whole lines of a file of answers; what a kill cut off is not one."""
+def _read_lines(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """The answers in a file, parsed and raw; skips a last line that a kill cut off."""
     if not path.exists():
         return
     with open(path, "rb") as file:
@@ -168,29 +171,29 @@ def _lines(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
             yield answer, raw
 
 
-def _all_lines(folder: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
-    """Those of all files of answers in a folder."""
+def _read_all_lines(folder: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """The answers in all prediction files of a folder."""
     for path in sorted(folder.glob("predictions*.jsonl")):
-        yield from _lines(path)
+        yield from _read_lines(path)
 
 
-def _answered(path: Path, without_errors: bool = False) -> set[str]:
-    return {a["id"] for a, _ in _lines(path) if not (without_errors and "error" in a)}
+def _answered_ids(path: Path, without_errors: bool = False) -> set[str]:
+    return {a["id"] for a, _ in _read_lines(path) if not (without_errors and "error" in a)}
 
 
 def _merge(folder: Path, hosts: Hosts) -> None:
-    """Puts the answers of all hosts into the first one's file, in the order of the rows."""
+    """Merges the answers of all hosts into the first host's file, in the order of rows."""
     others = [path for path in folder.glob("predictions.*.jsonl") if path.name != PREDICTIONS]
-    parts = hosts.all_gather_bytes(b"".join(raw for path in others for _, raw in _lines(path)))
+    parts = hosts.all_gather_bytes(b"".join(raw for path in others for _, raw in _read_lines(path)))
     if hosts.index == 0 and any(parts):
         found: dict[str, tuple[dict, bytes]] = {}
         lines = [(json.loads(raw), raw + b"\n") for part in parts for raw in part.splitlines()]
-        for answer, raw in [*_lines(folder / PREDICTIONS), *lines]:
+        for answer, raw in [*_read_lines(folder / PREDICTIONS), *lines]:
             if answer["id"] not in found or "error" in found[answer["id"]][0]:
                 found[answer["id"]] = answer, raw
         ordered = sorted(found.values(), key=lambda one: int(one[0]["id"].split()[1]))
-        write_whole(folder / PREDICTIONS, b"".join(raw for _, raw in ordered))
-    hosts.all_gather_bytes(b"")  # what was gathered is safe
+        write_atomic(folder / PREDICTIONS, b"".join(raw for _, raw in ordered))
+    hosts.all_gather_bytes(b"")  # a barrier: the merged file is on disk
     for path in others:
         path.unlink(missing_ok=True)
 
@@ -203,8 +206,8 @@ def _log_time(folder: Path, hosts: Hosts, times: Sequence[tuple[int, float]]) ->
             file.write(json.dumps(line) + "\n")
 
 
-def write_whole(path: Path, data: str | bytes) -> None:
-    """Writes a file that is there whole or not at all."""
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """Writes a file atomically: a kill leaves the old file or the new one."""
     partial = path.with_name(f".{path.name}.partial")
     with open(partial, "wb") as file:
         file.write(data.encode() if isinstance(data, str) else data)
@@ -214,9 +217,9 @@ def write_whole(path: Path, data: str | bytes) -> None:
 
 
 def read_answers(folder: Path) -> list[dict[str, Any]]:
-    """The answers of a folder in the order of their rows, from the files of all hosts."""
+    """The answers in a folder, in the order of rows, from the files of all hosts."""
     found: dict[str, dict[str, Any]] = {}
-    for answer, _ in _all_lines(folder):
+    for answer, _ in _read_all_lines(folder):
         if answer["id"] not in found or "error" in found[answer["id"]]:
             found[answer["id"]] = answer
     return sorted(found.values(), key=lambda answer: int(answer["id"].split()[1]))

@@ -1,4 +1,8 @@
-"""How each benchmark asks: from a row to a message. The wording is each benchmark's own."""
+"""Prompt templates: the question text of each benchmark, from a row.
+
+The wording is that of the official wrappers. For images a template returns a `Message`, in which
+None marks an image; for videos it returns the text after the frames.
+"""
 
 import re
 
@@ -27,12 +31,12 @@ def _lines(choices: dict[str, str], form: str = "\n{}. {}") -> str:
     return "".join(form.format(letter, choice) for letter, choice in choices.items())
 
 
-def _then_pictures(question: str, count: int) -> Message:
+def _then_images(question: str, count: int) -> Message:
     return [question, *[None] * count]
 
 
 def choice(row: Row, count: int) -> Message:
-    """A question with its hint and lettered options; the pictures behind it."""
+    """Multiple choice: hint, question, lettered options, instruction; then the images."""
     question = text(row, "question").replace(IMAGE_MARK, "").strip()
     if "hint" in row:
         question = f"{row['hint']}\n{question}"
@@ -43,31 +47,34 @@ def choice(row: Row, count: int) -> Message:
         end = "请直接回答选项字母。" if is_chinese else _LETTER
     else:
         end = "请直接回答问题。" if is_chinese else "Answer the question directly."
-    return _then_pictures(f"{question}\n{end}", count)
+    return _then_images(f"{question}\n{end}", count)
 
 
 def mmmu(row: Row, count: int) -> Message:
+    """MMMU: multiple choice or open, with its own instructions to reason."""
     is_choice = row.get("question_type", "multiple-choice") == "multiple-choice"
     opening = _MMMU_CHOICE if is_choice else _MMMU_OPEN
-    return _then_pictures(f"{opening}\n{text(row, 'question')}{_lines(options(row))}", count)
+    return _then_images(f"{opening}\n{text(row, 'question')}{_lines(options(row))}", count)
 
 
 def plain(row: Row, count: int) -> Message:
-    return _then_pictures(text(row, "question"), count)
+    """The question alone."""
+    return _then_images(text(row, "question"), count)
 
 
 def briefly(row: Row, count: int) -> Message:
-    return _then_pictures(f"{text(row, 'question')}\n{BRIEFLY}", count)
+    """The question, and an instruction to answer with a word or phrase."""
+    return _then_images(f"{text(row, 'question')}\n{BRIEFLY}", count)
 
 
 def one_word(row: Row, count: int) -> Message:
-    """MME's."""
-    return _then_pictures(f"{text(row, 'question')} {BRIEFLY}", count)
+    """MME: as `briefly`, in one line."""
+    return _then_images(f"{text(row, 'question')} {BRIEFLY}", count)
 
 
 def yes_or_no(row: Row, count: int) -> Message:
-    """HallusionBench's."""
-    return _then_pictures(f"{text(row, 'question')} Please answer yes or no. {BRIEFLY}", count)
+    """HallusionBench: the question, to be answered with yes or no."""
+    return _then_images(f"{text(row, 'question')} Please answer yes or no. {BRIEFLY}", count)
 
 
 def view_spatial(row: Row, count: int) -> Message:
@@ -82,10 +89,11 @@ def view_spatial(row: Row, count: int) -> Message:
 def mmsi(row: Row, count: int) -> Message:
     hint = f"Hint: {row['hint']}\n" if "hint" in row else ""
     choices = columns_of_options(row)
-    said = "Options: " + _lines(choices, "{}: {}, ") if choices else ""
+    listed_options = "Options: " + _lines(choices, "{}: {}, ") if choices else ""
     return [
         *[None] * count,
-        f"{hint}{text(row, 'question')}\n{said}\n{_LETTER} Enclose the option's letter within ``.",
+        f"{hint}{text(row, 'question')}\n{listed_options}\n{_LETTER} "
+        "Enclose the option's letter within ``.",
     ]
 
 
@@ -103,17 +111,17 @@ def muirbench(row: Row, count: int) -> Message:
         f"Question: {text(row, 'question')}\nChoices: \n{choices}\n"
         "Hint: Please provide the correct option letter, such as A, B, C, D, directly.\nAnswer:"
     )
-    return marks_to_parts(asked, count, to_spare=True)
+    return marks_to_parts(asked, count, append_spare=True)
 
 
 def omnispatial(row: Row, count: int) -> Message:
-    """The direct form; the benchmark's longer instructions can be put in front: prefix=@FILE."""
+    """OmniSpatial, direct form; prefix=@FILE puts the benchmark's long instructions in front."""
     asked = f"{text(row, 'question')}{_lines(options(row))}"
     end = "\nAnswer directly with the option letter from the given choices. "
     return [*[None] * count, asked + end]
 
 
-# Questions about videos: the text that follows the frames.
+# Prompts of videos: the text after the frames.
 
 
 def vsi(row: Row) -> str:
@@ -154,7 +162,7 @@ WATCH_EVENTS = (
 
 
 def best_option(row: Row) -> str:
-    """MVBench's and MLVU's."""
+    """MVBench and MLVU."""
     choices = _lines(options(row), "({}) {}\n")
     asked = f"Question: {text(row, 'question')}\nOptions:\n{choices}".rstrip()
     return f"{asked}\nOnly give the best option."
@@ -177,7 +185,7 @@ _TO_ANSWER = f"answer the following open-ended question. {_AT_THE_END}\n"
 
 
 def video_mmmu(row: Row) -> str:
-    """With the mark of a picture where the question has "<image 1>", if it is about one."""
+    """VideoMMMU; an Adaptation question has an image, in the place of "<image 1>" or at the end."""
     question, choices = text(row, "question"), listed(row.get("options", []))
     is_choice = row.get("question_type") == "multiple-choice"
     lines = _lines({chr(ord("A") + place): one for place, one in enumerate(choices)})
@@ -191,7 +199,7 @@ def video_mmmu(row: Row) -> str:
         before, mark, after = f"{opening}{question}{lines if is_choice else ''}".partition(
             "<image 1>"
         )
-        picture = f"{IMAGE_MARK}\n"
-        return before + picture + after if mark else before + picture
+        image = f"{IMAGE_MARK}\n"
+        return before + image + after if mark else before + image
     end = "\nPlease ignore the Quiz question in last frame of the video."
     return f"{question}{_TO_CHOOSE + lines if is_choice else _TO_ANSWER}{end}"

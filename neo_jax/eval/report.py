@@ -1,6 +1,6 @@
 """The report of a run: report.json, report.md, report.html and, with matplotlib, plots.
 
-Everything in it is made of the folders of predictions, so `--score-only` makes it anew.
+All of it comes from the folders of predictions, so `--score-only` can write it again.
 """
 
 import collections
@@ -12,30 +12,30 @@ from pathlib import Path
 from typing import Any
 
 from neo_jax.eval import page, plots
-from neo_jax.eval.predictions import write_whole
-from neo_jax.eval.score import Scored
+from neo_jax.eval.predictions import write_atomic
+from neo_jax.eval.score_predictions import ScoredBenchmark
 
 _SIZES = ("2B", "9B")
 
 
-def write(scored: Sequence[Scored], out: Path) -> None:
+def write(scored: Sequence[ScoredBenchmark], out: Path) -> None:
     """Writes the report into `out`."""
     parts = [describe(one) for one in scored]
-    write_whole(out / "report.json", json.dumps({"benchmarks": parts}, indent=2) + "\n")
-    pictures = plots.draw(parts, out / "plots")
-    write_whole(out / "report.md", "\n".join(_markdown(parts, pictures)) + "\n")
-    write_whole(out / "report.html", page.render(scored, out))
+    write_atomic(out / "report.json", json.dumps({"benchmarks": parts}, indent=2) + "\n")
+    figures = plots.draw(parts, out / "plots")
+    write_atomic(out / "report.md", "\n".join(_markdown(parts, figures)) + "\n")
+    write_atomic(out / "report.html", page.render(scored, out))
 
 
-def describe(one: Scored) -> dict[str, Any]:
-    """What report.json says of a benchmark."""
+def describe(one: ScoredBenchmark) -> dict[str, Any]:
+    """The entry of a benchmark in report.json."""
     usages = [answer["usage"] for answer in one.answers if "error" not in answer]
     finished = collections.Counter(answer["finish_reason"] for answer in one.answers)
     return {
         "name": one.benchmark.name,
         "title": one.benchmark.title,
         "note": one.benchmark.note,
-        "rows": one.about["data"]["rows"],
+        "rows": one.run_info["data"]["rows"],
         "scored": len(one.scored_rows),
         "metrics": [dataclasses.asdict(m) for m in one.metrics if math.isfinite(m.value)],
         "published": dict(zip(_SIZES, one.benchmark.published or (), strict=False)),
@@ -48,27 +48,27 @@ def describe(one: Scored) -> dict[str, Any]:
             for name in ("prompt", "completion")
         },
         "throughput": throughput(one, usages),
-        "settings": one.about["settings"],
-        "model": one.about["model"],
-        "data": one.about["data"],
+        "settings": one.run_info["settings"],
+        "model": one.run_info["model"],
+        "data": one.run_info["data"],
     }
 
 
 def histogram(lengths: Sequence[int]) -> dict[str, int]:
-    """How many are of 0, 1, 2 to 3, 4 to 7 and so on tokens."""
+    """Counts of lengths in bins of powers of two: 0, 1, 2 to 3, 4 to 7 and so on tokens."""
     counts = collections.Counter(length.bit_length() for length in lengths)
     return {
         f"{2**bits // 2}-{2**bits - 1}" if bits else "0": counts[bits] for bits in sorted(counts)
     }
 
 
-def throughput(one: Scored, usages: Sequence[dict[str, int]]) -> dict[str, float] | None:
-    """Rows and tokens a second, over the sittings that came to their end."""
+def throughput(one: ScoredBenchmark, usages: Sequence[dict[str, int]]) -> dict[str, float] | None:
+    """Rows and tokens per second, over all starts of the run that ended by themselves."""
     seconds = sum(time["seconds"] for time in one.times)
     if not seconds or not usages:
         return None
     hosts = max(time["hosts"] for time in one.times)
-    # Hosts work at the same time, so their rates add up.
+    # Hosts run at the same time, so their rates add up.
     rate = hosts * sum(time["answers"] for time in one.times) / seconds
     return {
         "hosts": hosts,
@@ -84,7 +84,7 @@ def _mean(values: Sequence[int]) -> float:
     return sum(values) / len(values)
 
 
-def _markdown(parts: Sequence[dict[str, Any]], pictures: Sequence[str]) -> Iterator[str]:
+def _markdown(parts: Sequence[dict[str, Any]], figures: Sequence[str]) -> Iterator[str]:
     yield "# Evaluation\n"
     yield "| | score | 95 % interval | rows | NEO-ov 2B | NEO-ov 9B | preset | rows/s |"
     yield "|---|---|---|---|---|---|---|---|"
@@ -102,9 +102,9 @@ def _markdown(parts: Sequence[dict[str, Any]], pictures: Sequence[str]) -> Itera
         )
         yield f"| {' | '.join(map(_cell, cells))} |"
     yield "\nPublished scores are the paper's; answers there were sampled where the preset"
-    yield "`official` samples. Open `report.html` for questions, pictures and answers."
-    for picture in pictures:
-        yield f"\n![{Path(picture).stem}]({picture})"
+    yield "`official` samples. Open `report.html` for questions, images and answers."
+    for figure in figures:
+        yield f"\n![{Path(figure).stem}]({figure})"
     for part in parts:
         yield from _section(part)
 
@@ -146,5 +146,5 @@ def _section(part: dict[str, Any]) -> Iterator[str]:
         ("Model", part["model"]),
         ("Data", part["data"]),
     ):
-        said = ", ".join(f"{key} {_cell(value)}" for key, value in values.items())
-        yield f"\n{name}: {said or 'none'}."
+        listed = ", ".join(f"{key} {_cell(value)}" for key, value in values.items())
+        yield f"\n{name}: {listed or 'none'}."

@@ -1,4 +1,4 @@
-"""Benchmarks from file to report: predict what is missing, score, write the report."""
+"""The evaluation loop: for each benchmark predict, score, and write the report."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,8 +10,8 @@ from neo_jax.eval import page, report
 from neo_jax.eval.benchmark import Benchmark
 from neo_jax.eval.benchmarks import choose, find_file
 from neo_jax.eval.multihost import Hosts
-from neo_jax.eval.predictions import SETTINGS, Work, predict
-from neo_jax.eval.score import Scored, score
+from neo_jax.eval.predictions import SETTINGS, Task, predict
+from neo_jax.eval.score_predictions import ScoredBenchmark, score_predictions
 from neo_jax.eval.settings import Settings, make_settings
 from neo_jax.eval.tables.benchmark_files import open_table
 from neo_jax.infer.offline import Counts, Serve
@@ -19,19 +19,23 @@ from neo_jax.infer.offline import Counts, Serve
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What to evaluate."""
+    """Benchmarks to evaluate, their datasets and settings, and the folder of the run."""
 
-    names: str  # benchmarks or groups, with commas
-    data: Path | None  # folder with a file or folder for each, or one file
-    out: Path  # of the run: a folder for each benchmark, and the report
+    names: str  # benchmarks or groups, separated by commas
+    data: Path | None  # a folder with the datasets, or one dataset's file
+    out: Path  # the run's folder: the report, and a folder for each benchmark
     preset: str = "greedy"
-    overrides: Sequence[str] = ()
-    media: Path | None = None  # where pictures and videos are, if not beside the data
-    limit: int | None = None
-    retry_errors: bool = False
+    overrides: Sequence[str] = ()  # "name=value" of any field of `Settings`
+    media: Path | None = None  # folder of images and videos, if not beside the datasets
+    limit: int | None = None  # use only the first rows of each
+    retry_errors: bool = False  # ask again the rows whose answer is an error
 
     def files(self) -> dict[Benchmark, Path]:
-        """Each benchmark's file or folder; no settings are wrong if this returns."""
+        """The dataset of each benchmark. Checks the settings too.
+
+        Raises:
+          InputError: for an unknown benchmark, a missing dataset, or a bad setting.
+        """
         if self.data is None:
             raise InputError("say where the benchmarks' files are: --data DIR")
         benchmarks = choose(self.names)
@@ -44,16 +48,16 @@ class Plan:
     def _settings(self, benchmark: Benchmark) -> Settings:
         return make_settings(benchmark.group, self.preset, benchmark.settings, self.overrides)
 
-    def works(self, model: Mapping[str, Any]) -> list[Work]:
-        """Each benchmark with its rows and settings; `model` is what else decides, JSON."""
-        return [self._work(benchmark, path, model) for benchmark, path in self.files().items()]
+    def tasks(self, model: Mapping[str, Any]) -> list[Task]:
+        """Each benchmark with its dataset and settings; `model`: see `Task.model`."""
+        return [self._task(benchmark, path, model) for benchmark, path in self.files().items()]
 
-    def _work(self, benchmark: Benchmark, path: Path, model: Mapping[str, Any]) -> Work:
+    def _task(self, benchmark: Benchmark, path: Path, model: Mapping[str, Any]) -> Task:
         settings, table = self._settings(benchmark), open_table(path)
-        here = table.path if table.path.is_dir() else table.path.parent
-        folders = [folder for folder in (self.media, here) if folder is not None]
+        beside = table.path if table.path.is_dir() else table.path.parent
+        folders = [folder for folder in (self.media, beside) if folder is not None]
         folders += [folder / name for folder in folders[:2] for name in benchmark.files]
-        return Work(benchmark, table, settings, [f for f in folders if f.is_dir()], model)
+        return Task(benchmark, table, settings, [f for f in folders if f.is_dir()], model)
 
 
 def evaluate(
@@ -62,48 +66,51 @@ def evaluate(
     serve: Serve,
     hosts: Hosts = Hosts(),  # noqa: B008  (frozen)
     progress: Callable[[str], Callable[[Counts], None]] = lambda name: lambda counts: None,
-) -> list[Scored]:
-    """Asks what is missing, scores it and writes the report.
+) -> list[ScoredBenchmark]:
+    """Answers the missing rows, scores all answers and writes the report.
 
     Args:
-      model: what decides the answers besides settings; JSON.
-      serve: see `infer.batch.run_batch`.
-      progress: of a benchmark's name: what to call with counts.
+      model: what decides the answers besides the settings: directory, dtype and so on; JSON.
+      serve: as of `infer.offline.run_batch`.
+      progress: gives for a benchmark's name the callback that `predict` calls with counts.
+
+    Returns:
+      The scored benchmarks of the whole run folder; nothing on hosts other than the first.
 
     Raises:
-      InputError: naming the file, row or setting that is wrong.
+      InputError: naming the bad file, row or setting.
     """
-    for work in plan.works(model):
+    for task in plan.tasks(model):
         predict(
-            work,
-            plan.out / work.benchmark.name,
+            task,
+            plan.out / task.benchmark.name,
             serve,
             hosts=hosts,
             limit=plan.limit,
             retry_errors=plan.retry_errors,
-            on_progress=progress(work.benchmark.name),
+            on_progress=progress(task.benchmark.name),
         )
         if hosts.index == 0:
-            rows = min(len(work.table), plan.limit or len(work.table))
-            page.keep_samples(work, plan.out / work.benchmark.name, rows)
+            rows = min(len(task.table), plan.limit or len(task.table))
+            page.keep_samples(task, plan.out / task.benchmark.name, rows)
     return score_run(plan.out) if hosts.index == 0 else []
 
 
-def score_run(out: Path) -> list[Scored]:
-    """Scores every benchmark of a run and writes its report."""
+def score_run(out: Path) -> list[ScoredBenchmark]:
+    """Scores every benchmark of a run's folder and writes the report; needs no model."""
     folders = sorted(path.parent for path in out.glob(f"*/{SETTINGS}"))
     if not folders:
         raise InputError(f"{out}: no predictions there")
-    scored = [score(folder) for folder in folders]
+    scored = [score_predictions(folder) for folder in folders]
     report.write(scored, out)
     return scored
 
 
-def show(scored: Sequence[Scored]) -> Iterator[str]:
-    """A line for each benchmark."""
+def show(scored: Sequence[ScoredBenchmark]) -> Iterator[str]:
+    """A summary line for each benchmark."""
     for one in scored:
         headline = one.metrics[0] if one.metrics else None
-        said = f"{headline.value:.2f} ({headline.name})" if headline else "nothing answered"
-        yield f"{one.benchmark.title:16} {said}, {len(one.scored_rows)} rows" + (
+        result = f"{headline.value:.2f} ({headline.name})" if headline else "nothing answered"
+        yield f"{one.benchmark.title:16} {result}, {len(one.scored_rows)} rows" + (
             f", {len(one.problems)} with problems" if one.problems else ""
         )

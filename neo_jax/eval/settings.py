@@ -1,4 +1,7 @@
-"""How a benchmark is run: preset, then the benchmark's own, then what the user says."""
+"""Settings of a benchmark: sampling, image sizes, system prompt.
+
+They come from the group and the preset, then the benchmark, then the command line.
+"""
 
 import dataclasses
 import difflib
@@ -15,15 +18,15 @@ REASON = "Reason step by step."
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What decides the answers, besides the model and the file. A name here can be set."""
+    """All that decides the answers besides the model and the dataset; a user may set any field."""
 
     preset: str = "greedy"
     system: str = REASON  # system prompt
-    prefix: str = ""  # put in front of every question; @FILE reads it from there
-    min_pixels: int = 1_310_720  # area of a resized picture
+    prefix: str = ""  # in front of every question; @FILE reads it from a file
+    min_pixels: int = 1_310_720  # area of a resized image
     max_pixels: int = 16_777_216
-    upscale: bool = False  # doubles the sides of the first picture first
-    num_frames: int = 0  # of a video; 0 takes `fps` of them a second
+    upscale: bool = False  # doubles the sides of the first image before it is resized
+    num_frames: int = 0  # of a video; 0: `fps` a second
     fps: float = 1.0
     max_frames: int = 256
     spacing: str = "inside"  # of num_frames, see data/video.py
@@ -32,17 +35,17 @@ class Settings:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     max_new_tokens: int = 4096
-    stop_on_repetition: bool = False  # ends an answer that goes round in a loop
-    seed: int = 0  # each row's own is made of it and the row's number
+    stop_on_repetition: bool = False  # ends an answer that repeats itself
+    seed: int = 0  # combined with the number of a row
 
     def sampling(self, number: int) -> Sampling:
-        """Of the row with this number."""
+        """The sampling parameters of the row with this number."""
         names = [field.name for field in dataclasses.fields(Sampling)]
-        mine = {name: getattr(self, name) for name in names if hasattr(self, name)}
-        return Sampling(**mine | {"seed": (self.seed * 1_000_003 + number) % 2**32})
+        values = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        return Sampling(**values | {"seed": (self.seed * 1_000_003 + number) % 2**32})
 
 
-# As the published scores were taken. Spatial benchmarks were run greedily, without system prompt.
+# Sampling of the published scores. The spatial ones are greedy, without a system prompt.
 SAMPLED = {
     **{"temperature": 0.6, "top_p": 0.95, "top_k": 20, "repetition_penalty": 1.05},
     "max_new_tokens": 16384,
@@ -62,21 +65,22 @@ def make_settings(
 
     Args:
       group: "image", "video" or "spatial".
-      preset: "greedy", which anyone can repeat, or "official", sampled where officially it was.
-      own: what is particular to the benchmark.
+      preset: "greedy", which is deterministic, or "official", which samples where the published
+        scores did.
+      own: the benchmark's own values.
       overrides: "name=value" of any field.
 
     Raises:
-      InputError: for a preset, name or value that does not exist.
+      InputError: for an unknown preset or name, or a bad value.
     """
     if preset not in PRESETS:
         raise InputError(f"preset {preset!r}: use one of {', '.join(PRESETS)}")
     sampled = SAMPLED if preset == "official" and group != "spatial" else {}
-    said = dict(_parsed(override) for override in overrides)
-    return Settings(**{"preset": preset, **GROUPS[group], **sampled, **own, **said})
+    overridden = dict(_parse_override(override) for override in overrides)
+    return Settings(**{"preset": preset, **GROUPS[group], **sampled, **own, **overridden})
 
 
-def _parsed(override: str) -> tuple[str, Any]:
+def _parse_override(override: str) -> tuple[str, Any]:
     name, equals, text = override.partition("=")
     kinds = {k: v for k, v in typing.get_type_hints(Settings).items() if k != "preset"}
     if not equals or name not in kinds:
@@ -97,7 +101,7 @@ def _parsed(override: str) -> tuple[str, Any]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """What of two nested mappings is not the same, as "name: was 3, now 4"."""
+    """Differences between two nested mappings, as "name: was 3, now 4"."""
     found = []
     for name in dict.fromkeys((*before, *now)):
         old, new = before.get(name), now.get(name)

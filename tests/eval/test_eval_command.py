@@ -26,7 +26,7 @@ def arguments(data, out, *more):
 
 
 def start(line, **variables):
-    """The command in a process of its own, which has one device."""
+    """Starts the command in a process of its own, with one device."""
     shared = jax.config.jax_compilation_cache_dir
     environment = os.environ | {
         **{"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": shared},
@@ -57,7 +57,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one_host(data, tmp_path_factory):
-    """A run in one process that is killed once and goes on."""
+    """A run in one process that is killed once and then continued."""
     out = tmp_path_factory.mktemp("run")
     process = start(arguments(data, out))
     path = out / "mmstar/predictions.jsonl"
@@ -128,7 +128,7 @@ def test_scoring_alone_needs_no_model(one_host, capsys):
 def test_the_command_says_what_is_wrong(data, tmp_path, capsys):
     out = str(tmp_path / "run")
     model, where = ["--model", str(MODEL)], ["--data", str(data), "--out", out]
-    for line, said in (
+    for line, message in (
         ([], "say where the run goes: --out RUN"),
         (["--out", out], "say --model"),
         ([*model, *where], "say --bench"),
@@ -142,7 +142,7 @@ def test_the_command_says_what_is_wrong(data, tmp_path, capsys):
     ):
         assert infer.main(["eval", *line]) == 2
         error = capsys.readouterr().err
-        assert said in error
+        assert message in error
         assert error.count("\n") == 1
     assert infer.main(["eval", "--list"]) == 0
     assert "MMBench_DEV_EN" in capsys.readouterr().out

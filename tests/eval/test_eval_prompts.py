@@ -1,4 +1,4 @@
-"""What a benchmark asks is what the official wrappers ask, to the letter."""
+"""Prompts are those of the official wrappers, character by character."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ NAMES = {benchmark.files[0]: benchmark for benchmark in TABLE}
 
 
 def asked():
-    """Cases of benchmarks in the table whose wording is the wrapper's, with that wrapper."""
+    """Cases of benchmarks whose wording is that of an official wrapper, with the wrapper's name."""
     for case in CASES["dataset_prompts"]:
         benchmark = NAMES.get(case["dataset"])
         wrapper = "neo_si" if benchmark and benchmark.group == "spatial" else "neo"
@@ -35,7 +35,7 @@ def test_questions_are_worded_as_officially(benchmark, case, wrapper):
 
 
 def laid_out():
-    """Cases of pictures; those of videos have a test below, BMMR is not in the table."""
+    """Cases of images; videos have a test below, BMMR is not in the table."""
     for case in CASES["reorganize_prompt"]:
         of_frames = any(p["type"] == "image" and "frame" in p["value"] for p in case["message"])
         is_known = not (case["dataset"] or "").startswith("BMMR")
@@ -107,8 +107,8 @@ def test_subtitles_stand_by_their_frames(tmp_path):
     row = {"starting_timestamp_for_subtitles": 10.0, "duration": 45.0}
     lines = messages.read_subtitles(path, row)
     assert lines == ((0.0, 4.0, "one"), (20.0, 35.0, "two"), (30.0, pytest.approx(30.2), "gone"))
-    said = Frames(header=False, subtitles=lines)(video(1.0, 3.0, 25.0, 40.0), "Q")
-    assert said == (
+    prompt = Frames(header=False, subtitles=lines)(video(1.0, 3.0, 25.0, 40.0), "Q")
+    assert prompt == (
         "[00:01.00]:<image>\none\n[00:03.00]:<image>\n[00:25.00]:<image>\ntwo\n[00:40.00]:<image>\nQ"
     )
     path.write_text("{")
@@ -144,8 +144,8 @@ def test_prompts_that_only_the_benchmarks_have():
         "These are frames of a video.\nQ\nA. 1\nB. 2\nAnswer with"
     )
     adapted = {"category": "Adaptation", "question": "See <image 1> now", "options": '["x", "y"]'}
-    said = prompts.video_mmmu({**adapted, "question_type": "multiple-choice"})
-    assert "See <image>\n now\nA. x\nB. y" in said
+    prompt = prompts.video_mmmu({**adapted, "question_type": "multiple-choice"})
+    assert "See <image>\n now\nA. x\nB. y" in prompt
     assert prompts.video_mmmu({**adapted, "question": "Q"}).endswith("Q<image>\n")
 
 
@@ -159,14 +159,14 @@ def test_benchmarks_are_chosen_by_name_or_group():
 
 
 def test_wrong_settings_are_named():
-    for override, said in (
+    for override, message in (
         ("max_new_token=3", "did you mean 'max_new_tokens'"),
         ("top_k=many", "top_k: 'many' is not int"),
         ("upscale=1", "upscale: '1' is not bool"),
         ("prefix=@nowhere.txt", "nowhere.txt: cannot read"),
         ("seed", "write name=value"),
     ):
-        with raises(said):
+        with raises(message):
             make_settings("image", "greedy", {}, [override])
     with raises("preset 'best': use one of greedy, official"):
         make_settings("image", "best", {})

@@ -1,4 +1,4 @@
-"""Rows and their pictures as files have them, and requests with all that a benchmark may need."""
+"""Rows, images and videos of dataset tables, and the requests that are made of them."""
 
 import numpy as np
 import pytest
@@ -38,11 +38,11 @@ def test_options_are_read_however_they_are_given():
 
 def test_lines_of_json_end_at_line_ends_only(tmp_path):
     path = tmp_path / "a.jsonl"
-    said = "one\u2028two\u2029three\x85four"
-    line = f'{{"question": "{said}"}}'
+    text = "one\u2028two\u2029three\x85four"
+    line = f'{{"question": "{text}"}}'
     path.write_bytes(f"\ufeff{line}\r\n\r\n{line}\n\n".encode())
     table = open_table(path)
-    assert [table.row(number) for number in range(len(table))] == [{"question": said}] * 2
+    assert [table.row(number) for number in range(len(table))] == [{"question": text}] * 2
 
 
 def test_a_bad_line_of_json_is_named(tmp_path):
@@ -93,16 +93,16 @@ def test_rows_of_the_hub_become_official_ones(adapt, row, wanted):
     assert adapt(adapted) == adapted
 
 
-def red(picture):
-    return open_rgb(picture).getpixel((0, 0))[0]
+def red(image):
+    return open_rgb(image).getpixel((0, 0))[0]
 
 
 def test_pictures_are_found_in_every_kind_of_cell(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"question": "Q"}\n')
     table = open_table(tmp_path / "a.jsonl")
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "photos").mkdir()
     for number in (1, 2):
-        (tmp_path / f"pictures/{number}.png").write_bytes(encoded(number))
+        (tmp_path / f"photos/{number}.png").write_bytes(encoded(number))
     for row, wanted in (
         ({"image": text64(1)}, [1]),
         ({"image": "data:image/png;base64," + text64(1)}, [1]),
@@ -110,22 +110,22 @@ def test_pictures_are_found_in_every_kind_of_cell(tmp_path):
         ({"image": encoded(3)}, [3]),
         ({"image": {"bytes": encoded(3), "path": "x"}}, [3]),
         ({"images": [{"bytes": encoded(3)}, None, encoded(4)]}, [3, 4]),
-        ({"image": {"bytes": None, "path": "pictures/1.png"}}, [1]),
+        ({"image": {"bytes": None, "path": "photos/1.png"}}, [1]),
         ({"image_2": encoded(2), "image_10": encoded(10), "image_1": encoded(1)}, [1, 2, 10]),
-        ({"image_path": "pictures/2.png"}, [2]),
-        ({"image_path": "['/pictures/1.png', 'pictures/2.png']"}, [1, 2]),
+        ({"image_path": "photos/2.png"}, [2]),
+        ({"image_path": "['/photos/1.png', 'photos/2.png']"}, [1, 2]),
         ({}, []),
     ):
-        assert [red(one) for one in media.pictures(row, table, [tmp_path])] == wanted
-    for row, said in (
-        ({"image": "17"}, "neither a picture nor the index"),
+        assert [red(one) for one in media.images(row, table, [tmp_path])] == wanted
+    for row, message in (
+        ({"image": "17"}, "neither an image nor the index"),
         ({"image": "A" * 69}, "bad base64"),
         ({"image": 3.5}, "float is neither base64, bytes nor a path"),
-        ({"image_path": "pictures/3.png"}, "pictures/3.png: not in"),
+        ({"image_path": "photos/3.png"}, "photos/3.png: not in"),
         ({"image_path": "p" * 300}, "ppp: not in"),  # no file system has such a name
     ):
-        with raises(said):
-            media.pictures(row, table, [tmp_path])
+        with raises(message):
+            media.images(row, table, [tmp_path])
 
 
 def test_videos_are_found_by_name_and_ending(tmp_path):
@@ -141,19 +141,19 @@ def test_videos_are_found_by_name_and_ending(tmp_path):
 def test_a_request_may_have_its_own_layout_and_larger_pictures():
     neo = load_case("generate")
     prepare = Preparer(neo.config, neo.tokenizer)
-    picture = open_rgb(encoded(7))
+    image = open_rgb(encoded(7))
     limits = {"min_pixels": 1024, "max_pixels": 9216}
-    made = prepare(Request("<image><image>Q", [picture, picture], num_upscaled=1, **limits))
-    large, _ = patchify(resized_pixels(picture, 1024, 9216, upscale=True))
-    small, _ = patchify(resized_pixels(picture, 1024, 9216))
+    made = prepare(Request("<image><image>Q", [image, image], num_upscaled=1, **limits))
+    large, _ = patchify(resized_pixels(image, 1024, 9216, upscale=True))
+    small, _ = patchify(resized_pixels(image, 1024, 9216))
     assert len(large) > len(small)
     np.testing.assert_array_equal(
         np.sort(made.example.patches, axis=None), np.sort(np.concatenate([large, small]), axis=None)
     )
     video = Request(
         "Q<image>\nat the end",
-        images=[picture],
-        video=[picture, picture],
+        images=[image],
+        video=[image, image],
         video_options={"min_pixels": 1024, "max_pixels": 1024},
         lay_out=Frames(header=False, labels="numbers"),
         **limits,
@@ -162,4 +162,4 @@ def test_a_request_may_have_its_own_layout_and_larger_pictures():
     assert "Frame-1:" in text and "at the end" in text
     assert prepare(video).example.is_image.sum() == 2 + len(small) // 4
     with raises("give images or a video, not both"):
-        prepare(Request("Q", [picture], video=[picture]))
+        prepare(Request("Q", [image], video=[image]))

@@ -18,13 +18,12 @@ from neo_jax.eval.run import Plan, evaluate, score_run
 
 MODEL = {"directory": "made"}
 
-# Evaluates with a pause after each answer, which it tells; for ever after the last one wanted.
+# Evaluates, prints the count after each answer, and pauses after the last one wanted.
 _SLOW = """
 import sys, time
 sys.path[:0] = ["tests", "."]
 from helpers import made_benchmarks as made
 from pathlib import Path
-from neo_jax.eval import benchmarks, prompts
 from neo_jax.eval.run import Plan, evaluate
 name, data, out, last = sys.argv[1:]
 
@@ -62,11 +61,11 @@ def run_and_kill(name, data, out, wanted):
 
 
 def right_share(lines, about):
-    """The independent recount: what the rows' numbers say, and nothing of ours."""
+    """The score, counted from the numbers of the rows without any scorer of the package."""
     right = []
     for line in lines:
-        number, said = about(line["meta"]), re.search("[ABCD]", line["text"] or "nan")
-        right.append(said is not None and said[0] == made.right_letter(number))
+        number, letter = about(line["meta"]), re.search("[ABCD]", line["text"] or "nan")
+        right.append(letter is not None and letter[0] == made.right_letter(number))
     return 100 * sum(right) / len(right)
 
 
@@ -94,18 +93,18 @@ def test_two_hundred_rows_survive_kills_and_are_counted_right(name, tmp_path):
     assert (out / name / "predictions.jsonl").read_bytes().startswith(before)
     assert len(lines) == made.ROWS
     assert 0 < len(asked) <= made.ROWS - before.count(b"\n")
-    # Each row was asked about its own picture.
+    # Each row was asked about its own image.
     for line in lines:
         if "error" not in line:
             assert line["text"] == f"The answer is {made.seen_letter(about(line['meta']))}."
     part = report_of(out, name)
-    if name == "mmbench":  # the turned rows are right, so a question is as right as its first row
+    if name == "mmbench":  # the rotated rows are right: a question scores as its first row
         firsts = [line for line in lines if int(line["meta"]["index"]) < 1_000_000]
         assert len(firsts) == part["metrics"][0]["count"] == 100
         assert part["metrics"][0]["value"] == pytest.approx(right_share(firsts, about))
     elif name == "mmstar":
         scored = [line for line in lines if "no picture, as" not in line.get("error", "")]
-        wrong = {made.NO_OPTION, made.NO_ANSWER}  # a letter that is not offered is no option
+        wrong = {made.NO_OPTION, made.NO_ANSWER}  # a letter that is not among the options
         right = [
             "error" not in line
             and about(line["meta"]) % 5 != 0
@@ -116,11 +115,11 @@ def test_two_hundred_rows_survive_kills_and_are_counted_right(name, tmp_path):
     else:
         assert part["metrics"][0]["value"] == pytest.approx(right_share(lines, about))
         assert part["metrics"][0]["value"] == pytest.approx(80.0)
-    assert evaluate(Plan(name, data, out), MODEL, None)  # nothing is left to ask
+    assert evaluate(Plan(name, data, out), MODEL, None)  # no row is left to ask
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def finished(tmp_path_factory):
     """A finished run of the malformed TSV, and its data."""
     data, out = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("run")
     made.write_tsv(data)
@@ -128,28 +127,28 @@ def whole(tmp_path_factory):
     return data, out
 
 
-def test_malformed_rows_are_named_and_scored_as_officially(whole):
-    part = report_of(whole[1], "mmstar")
+def test_malformed_rows_are_named_and_scored_as_officially(finished):
+    part = report_of(finished[1], "mmstar")
     problems = {problem["row"] - 1: problem["problem"] for problem in part["problems"]}
     assert {p["row"] - 1: p["index"] for p in part["problems"]} == {n: str(n) for n in problems}
-    assert "not asked and not scored" in problems.pop(made.NO_PICTURE)
+    assert "not asked and not scored" in problems.pop(made.NO_IMAGE)
     assert "bad base64" in problems.pop(made.BAD_BASE64)
     assert problems.pop(made.NO_ANSWER) == "no right answer in the file"
-    assert "not a picture" in problems.pop(made.NOT_A_PICTURE)
-    assert not problems  # a missing option is no problem: it is not offered
-    lines = {int(line["meta"]["index"]): line for line in lines_of(whole[1], "mmstar")}
+    assert "not an image" in problems.pop(made.NOT_AN_IMAGE)
+    assert not problems  # a missing option is no problem: the prompt leaves it out
+    lines = {int(line["meta"]["index"]): line for line in lines_of(finished[1], "mmstar")}
     assert made.right_letter(made.NO_OPTION) not in lines[made.NO_OPTION]["meta"]
-    # Officially a row without picture is dropped, all others are scored.
+    # Officially a row without an image is dropped, all others are scored.
     assert part["scored"] == made.ROWS - 1
-    assert f"row {made.BAD_BASE64 + 1} (index {made.BAD_BASE64})" in read_report(whole[1])
+    assert f"row {made.BAD_BASE64 + 1} (index {made.BAD_BASE64})" in read_report(finished[1])
 
 
 def read_report(out):
     return (out / "report.md").read_text()
 
 
-def test_the_report_says_all_there_is(whole):
-    _, out = whole
+def test_the_report_says_all_there_is(finished):
+    _, out = finished
     part = report_of(out, "mmstar")
     head = part["metrics"][0]
     assert head["low"] < head["value"] < head["high"]
@@ -164,16 +163,16 @@ def test_the_report_says_all_there_is(whole):
     for name in ("scores", "mmstar"):
         assert (out / f"plots/{name}.png").read_bytes().startswith(b"\x89PNG")
     page = (out / "report.html").read_text()
-    assert page.count("<article") == 98  # every second row, but for two without a picture
+    assert page.count("<article") == 98  # every second row, except two without an image
     assert "&quot;it&quot;" in page
     assert "class=wrong" in page and "data:image/jpeg;base64," in page
     assert not re.search(r'(?:src|href)=(?!"data:)', page)
 
 
-def test_scores_are_made_anew_without_model_or_data(whole, tmp_path):
-    before = json.loads((whole[1] / "report.json").read_text())
+def test_scores_are_made_anew_without_model_or_data(finished, tmp_path):
+    before = json.loads((finished[1] / "report.json").read_text())
     copy = tmp_path / "run"
-    shutil.copytree(whole[1], copy)
+    shutil.copytree(finished[1], copy)
     (copy / "report.json").unlink()
     score_run(copy)
     assert json.loads((copy / "report.json").read_text()) == before
@@ -181,14 +180,14 @@ def test_scores_are_made_anew_without_model_or_data(whole, tmp_path):
         score_run(tmp_path)
 
 
-def test_a_changed_setting_is_refused_and_says_which(whole, tmp_path):
-    data, out = whole
-    for plan, model, said in (
+def test_a_changed_setting_is_refused_and_says_which(finished, tmp_path):
+    data, out = finished
+    for plan, model, message in (
         (Plan("mmstar", data, out, "official"), MODEL, "preset: was 'greedy', now 'official'"),
         (Plan("mmstar", data, out, overrides=["seed=3"]), MODEL, "settings.seed: was 0, now 3"),
         (Plan("mmstar", data, out), {"directory": "other"}, "directory: was 'made', now 'other'"),
     ):
-        with raises(said, "choose another --out"):
+        with raises(message, "its answers used different settings", "choose another --out"):
             evaluate(plan, model, made.serve)
     made.write_tsv(tmp_path, rows=50)
     with raises("data.rows: was 200, now 50"):
@@ -213,7 +212,7 @@ def test_a_limit_can_grow_and_errors_be_asked_again(tmp_path):
     plan = Plan("mmstar", tmp_path, out, limit=110, retry_errors=True)
     evaluate(plan, MODEL, made.serve)
     evaluate(plan, MODEL, again)
-    assert len(retried) == 1  # the one that is no picture: of the others there is no request
+    assert len(retried) == 1  # the bytes that are not an image; the other rows have no request
     assert len(lines_of(out, "mmstar")) == 110
 
 
@@ -234,15 +233,15 @@ def test_rows_that_no_scorer_can_place_are_left_out_and_named(tmp_path):
     assert "index '7': not of six parts" in read_report(tmp_path / "run")
 
 
-def test_a_damaged_file_of_answers_is_named(whole, tmp_path):
+def test_a_damaged_file_of_answers_is_named(finished, tmp_path):
     copy = tmp_path / "run"
-    shutil.copytree(whole[1], copy)
+    shutil.copytree(finished[1], copy)
     path = copy / "mmstar/predictions.jsonl"
     path.write_bytes(path.read_bytes() + b"{}\n")
     with raises("predictions.jsonl:201: not an answer"):
         score_run(copy)
     with raises("predictions.jsonl:201: not an answer"):
-        evaluate(Plan("mmstar", whole[0], copy), MODEL, made.serve)
+        evaluate(Plan("mmstar", finished[0], copy), MODEL, made.serve)
 
 
 def test_a_new_benchmark_is_one_row_of_the_table(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Every benchmark of the table, from a file of one row to its number."""
+"""Every benchmark of the table, from a file with one row to its headline metric."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from neo_jax.eval import benchmarks, plots
 from neo_jax.eval.run import Plan, evaluate
 from neo_jax.infer.request import Result
 
-SAID = {"A": "A", "Yes": "yes"}  # to what answer
+ANSWERS = {"A": "A", "Yes": "yes"}  # by right answer
 OWN_CELLS = {
     "vsi": {"question_type": "route_planning"},
     "spar": {"task": "position_matching"},
@@ -43,7 +43,7 @@ def test_every_benchmark_asks_and_scores(benchmark, tmp_path, monkeypatch):
     def serve(requests):
         for number, request in enumerate(requests):
             asked.append(request)
-            yield number, Result(SAID.get(cells["answer"], "left"), (), "stop", {})
+            yield number, Result(ANSWERS.get(cells["answer"], "left"), (), "stop", {})
 
     (scored,) = evaluate(Plan(benchmark.name, tmp_path, tmp_path / "run"), {}, serve)
     assert not scored.problems

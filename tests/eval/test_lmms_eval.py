@@ -1,6 +1,6 @@
-"""The model for lmms-eval answers as our own runner does.
+"""The model for lmms-eval answers like our own evaluation.
 
-Where lmms-eval is not installed, as in CI, its four names that the module uses are stood in for.
+Where lmms-eval is not installed, stubs stand for the names that the module uses.
 """
 
 import dataclasses
@@ -29,15 +29,16 @@ class Part(NamedTuple):
     url: object = None
 
 
-class Said(NamedTuple):
+class Message(NamedTuple):
     role: str
     content: list
 
 
 class Conversation:
     def __init__(self, messages):
-        made_of = [(m["role"], [Part(**part) for part in m["content"]]) for m in messages]
-        self.messages = [Said(*one) for one in made_of]
+        self.messages = [
+            Message(m["role"], [Part(**part) for part in m["content"]]) for m in messages
+        ]
 
 
 class Model:
@@ -59,8 +60,8 @@ class Generated:
 
 @pytest.fixture(scope="module")
 def adapter():
-    """The module, with lmms-eval's own classes if it is there."""
-    stood_in = {
+    """The module, with lmms-eval's own classes if it is installed."""
+    stubs = {
         "lmms_eval": {},
         "lmms_eval.api": {},
         "lmms_eval.api.instance": {
@@ -73,7 +74,7 @@ def adapter():
     }
     patch = pytest.MonkeyPatch()
     if importlib.util.find_spec("lmms_eval") is None:
-        for name, members in stood_in.items():
+        for name, members in stubs.items():
             module = types.ModuleType(name)
             vars(module).update(members)
             patch.setitem(sys.modules, name, module)
@@ -85,11 +86,11 @@ def adapter():
 
 
 def instances(model, rows, **options):
-    """What lmms-eval makes of a task of rows: a picture, then the question."""
+    """The requests that lmms-eval makes of rows: an image, then the question."""
 
     def messages(row):
         text, _ = prompts.choice(row, 1)
-        content = [{"type": "image", "url": row["picture"]}, {"type": "text", "text": text}]
+        content = [{"type": "image", "url": row["image"]}, {"type": "text", "text": text}]
         return [{"role": "user", "content": content}]
 
     model.task_dict = {"toy": {"test": rows}}
@@ -115,7 +116,7 @@ def test_answers_are_those_of_our_runner(adapter, tmp_path):
     rows = [
         {
             **{"question": f'What is "it" in {n}?\nLook\tclosely.', **made.options(n)},
-            "picture": open_rgb(made.encoded(n)),
+            "image": open_rgb(made.encoded(n)),
         }
         for n in range(12)
     ]
@@ -128,8 +129,8 @@ def test_answers_are_those_of_our_runner(adapter, tmp_path):
 
 def test_settings_of_tasks_reach_the_request(adapter):
     model = adapter.NeoJax("x", slots=2, system_prompt="S", device="cuda:0")
-    picture = open_rgb(made.encoded(1))
-    rows = [{"question": "Q", "A": "a", "picture": picture}]
+    image = open_rgb(made.encoded(1))
+    rows = [{"question": "Q", "A": "a", "image": image}]
     (greedy,) = instances(model, rows, temperature=0.7, top_k=5)
     request = model._request(0, greedy)
     assert request.prompt.startswith("<image>\nQ\nA. a\n")

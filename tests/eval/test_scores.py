@@ -4,17 +4,17 @@ import pytest
 
 from helpers.golden import read_json
 from neo_jax.eval.scoring import choice, free_text, matching, normalise, spatial, videos, yes_no
-from neo_jax.eval.scoring.summary import ScoredRow, overall
-from neo_jax.eval.tables.rows import answer_of, make_row
+from neo_jax.eval.scoring.metrics import ScoredRow, overall
+from neo_jax.eval.tables.rows import make_row
 
 LETTERS = {"A": "x1", "B": "y1", "C": "z1", "D": "w1"}
 
 
 def scored_rows(name, score_row):
-    """The rows of a golden file, scored_rows."""
+    """The rows of a golden file with our verdicts."""
     found = []
     for line in read_json("scores", f"{name}.json")["rows"]:
-        row, answer = make_row(line), answer_of(line, line["prediction"])
+        row, answer = make_row(line), matching.prediction_text(line["prediction"])
         found.append(ScoredRow(row, answer, score_row(row, answer)))
     return found
 
@@ -31,10 +31,12 @@ def values(metrics):
 
 
 def check_rows(found, *columns):
-    """Each row's score is the golden's, which is in the first of the columns that it has."""
+    """Checks each score against the golden one, in the first of the columns that the row has."""
     for one in found:
         column = next((column for column in columns if column in one.row), None)
-        wanted = 1.0 if column is None else float(one.row[column])  # MVBench: none is right
+        # MVBench: no prediction counts as right, and has no score.
+        assert column or one.answer == matching.NO_ANSWER, one.row
+        wanted = float(one.row[column]) if column else 1.0
         assert one.verdict.score == pytest.approx(wanted, abs=1e-12), one.row
 
 
@@ -137,9 +139,9 @@ def test_hallusion():
 def test_mme_adds_accuracies_of_rows_and_of_pairs():
     answers = {("existence", "1"): "Yn", ("existence", "2"): "yy", ("code_reasoning", "3"): "yN"}
     found = []
-    for (category, picture), said in answers.items():
-        for truth, letter in zip(("Yes", "No"), said, strict=True):
-            row = {"category": category, "question_id": picture, "answer": truth}
+    for (category, image), letters in answers.items():
+        for truth, letter in zip(("Yes", "No"), letters, strict=True):
+            row = {"category": category, "question_id": image, "answer": truth}
             answer = "yes" if letter in "Yy" else "no"
             found.append(ScoredRow(row, answer, yes_no.score_mme(row, answer)))
     got = values(yes_no.summarise_mme(found))
@@ -194,9 +196,9 @@ def test_letters_of_the_spatial_benchmarks(name, column):
     got = values(overall(found, column, "sub_task_type"))
     for key, value in wanted.items():
         assert got[key.removesuffix("_accuracy").split("task_type.")[-1]] == pytest.approx(value)
-    # Both unreadable counts as right, officially: said, not hidden.
+    # Officially two unreadable texts are equal, so the row is right; the verdict names the fault.
     faults = [one for one in found if one.verdict.fault]
-    assert all(one.verdict.score == 1 and one.verdict.said is None for one in faults)
+    assert all(one.verdict.score == 1 and one.verdict.parsed is None for one in faults)
 
 
 def test_site_above_chance():
@@ -278,9 +280,9 @@ def test_video_mmmu():
     by_id = {one.row["id"]: one.verdict for one in found}
     for line in wanted["per_row_in_memory"]:
         verdict = by_id[line["id"]]
-        # What the scorer would have counted, had its file kept lists.
+        # The score that the official scorer would give if its file kept lists.
         assert bool(verdict.score or verdict.fault) == (line["correct"] == "Correct")
         if isinstance(line["parsed_pred"], str):
-            assert (verdict.said or "No Answere Found") == line["parsed_pred"]
+            assert (verdict.parsed or "No Answere Found") == line["parsed_pred"]
         else:
-            assert verdict.said == sorted(map(str, line["parsed_pred"]))
+            assert verdict.parsed == sorted(map(str, line["parsed_pred"]))

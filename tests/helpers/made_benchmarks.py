@@ -1,7 +1,7 @@
-"""Made-up benchmark files, and a model that answers what its pictures show.
+"""Made-up benchmark files, and a model that answers by the colour of its image.
 
-The picture of row i has the colour (i, 2 i, 90): a letter or number that follows from i can only be
-answered by who was given that picture. Rows are right but for every fifth.
+The image of row i has the colour (i, 2 i, 90), and the answer follows from i, so a model can only
+answer a row if it gets the image of that row. The answer is right except for every fifth row.
 """
 
 import base64
@@ -20,7 +20,7 @@ from neo_jax.infer.request import Result
 ROWS = 200
 LETTERS = "ABCD"
 # Rows of `write_tsv` with something wrong.
-NO_PICTURE, BAD_BASE64, NO_OPTION, NO_ANSWER, NOT_A_PICTURE = 20, 41, 62, 83, 104
+NO_IMAGE, BAD_BASE64, NO_OPTION, NO_ANSWER, NOT_AN_IMAGE = 20, 41, 62, 83, 104
 
 
 def encoded(number):
@@ -30,12 +30,12 @@ def encoded(number):
 
 
 def text64(number):
-    # Noise makes it longer than a reference to another row may be.
+    # A PNG is longer than a cell that refers to another row.
     return base64.b64encode(encoded(number)).decode()
 
 
 def seen_letter(number):
-    """What the model answers about picture `number`."""
+    """The model's answer about image `number`."""
     return LETTERS[(number % 251) % 4]
 
 
@@ -49,10 +49,10 @@ def options(number):
 
 
 def answer(request):
-    """Looks at the first picture, or the first frame, and names the letter of its colour."""
-    picture = request.images[0] if request.images else f"{request.video}/0.png"
+    """Answers with the letter that the colour of the first image or frame stands for."""
+    image = request.images[0] if request.images else f"{request.video}/0.png"
     try:
-        red = open_rgb(picture).getpixel((0, 0))[0]
+        red = open_rgb(image).getpixel((0, 0))[0]
     except ValueError as error:
         return Result("", (), "error", {}, str(error))
     usage = {"prompt_tokens": len(request.prompt), "completion_tokens": 3}
@@ -85,11 +85,11 @@ def write_tsv(folder, rows=ROWS):
     for number in range(rows):
         cells = options(number) | {"answer": right_letter(number), "image": text64(number)}
         changed = {
-            NO_PICTURE: {"image": ""},
+            NO_IMAGE: {"image": ""},
             BAD_BASE64: {"image": "A" * 201},
             NO_OPTION: {right_letter(number): ""},
             NO_ANSWER: {"answer": ""},
-            NOT_A_PICTURE: {"image": base64.b64encode(b"no picture" * 9).decode()},
+            NOT_AN_IMAGE: {"image": base64.b64encode(b"not an image" * 9).decode()},
         }.get(number, {})
         cells |= changed
         question = f'What is "it" in {number}?\nLook\tclosely.'
@@ -100,24 +100,29 @@ def write_tsv(folder, rows=ROWS):
 
 
 def write_circular(folder, rows=ROWS):
-    """MMBench: each question in two orders; the second row refers to the first one's picture."""
+    """MMBench: each question in two orders; one row refers to the image of the other."""
     lines = []
     for number in range(rows // 2):
         first = [number, f"Q {number}?", *options(number).values(), right_letter(number)]
         other = options(number)
-        turned = [1_000_000 + number, f"Q {number}, turned?", *other.values(), seen_letter(number)]
-        lines += [[*turned, str(number), "k"], [*first, text64(number), "k"]]
+        rotated = [
+            1_000_000 + number,
+            f"Q {number}, rotated?",
+            *other.values(),
+            seen_letter(number),
+        ]
+        lines += [[*rotated, str(number), "k"], [*first, text64(number), "k"]]
     columns = ["index", "question", *LETTERS, "answer", "image", "category"]
     write_table(folder / "MMBench_DEV_EN.tsv", columns, lines)
 
 
 def write_paths(folder, rows=ROWS):
     """EmbSpatial: lists of paths, options as the text of a list."""
-    pictures = folder / "EmbSpatialBench"
-    pictures.mkdir(parents=True)
+    images = folder / "EmbSpatialBench"
+    images.mkdir(parents=True)
     lines = []
     for number in range(rows):
-        (pictures / f"{number}.png").write_bytes(encoded(number))
+        (images / f"{number}.png").write_bytes(encoded(number))
         choices = str(list(options(number).values()))
         paths = f"['{number}.png', '0.png']" if number % 2 else f"{number}.png"
         lines.append([number, f"Where? {number}", choices, right_letter(number), paths, "mp3d"])
@@ -183,7 +188,7 @@ def write_videos(folder, rows=ROWS):
     (folder / "LVBench.jsonl").write_text(text)
 
 
-# By benchmark: who writes its file, and the number of the picture that a row is about.
+# By benchmark: the function that writes its file, and the image number of a row.
 FORMATS = {
     "mmstar": (write_tsv, lambda row: int(row["index"])),
     "mmbench": (write_circular, lambda row: int(row["index"]) % 1_000_000),

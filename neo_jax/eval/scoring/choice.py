@@ -1,11 +1,16 @@
-"""Multiple choice as VLMEvalKit scores it: plain, circular (MMBench), flipped (3DSRBench)."""
+"""Multiple-choice accuracy as in VLMEvalKit: plain, circular (MMBench), flipped (3DSRBench).
 
+Circular evaluation asks a question once for each rotation of its options. It counts as right only
+if every rotation is answered right. 3DSRBench also asks about the mirrored image.
+"""
+
+import dataclasses
 import string
 from collections.abc import Sequence
 
 from neo_jax.errors import InputError
 from neo_jax.eval.scoring.matching import REFUSED, option_letter
-from neo_jax.eval.scoring.summary import Metric, ScoredRow, Verdict, by_column, mean
+from neo_jax.eval.scoring.metrics import Metric, ScoredRow, Verdict, by_column, mean
 from neo_jax.eval.tables.rows import (
     Row,
     columns_of_options,
@@ -23,17 +28,17 @@ _ABBREVIATIONS = {
     "relation_reasoning": "RR",
     "attribute_reasoning": "AR",
 }
-_ROTATION = 1_000_000  # an index modulo this names the question that is asked in several orders
+_ROTATION = 1_000_000  # the rotations of a question have one index modulo this
 
 
 def score_row(row: Row, answer: str) -> Verdict:
-    """The letter or text of one option, and it is the right one."""
+    """1 if the answer names the right option, by its letter or its text."""
     letter = option_letter(answer, options(row))
     return Verdict(float((letter or REFUSED) == right_answer(row)), letter)
 
 
 def score_circular(row: Row, answer: str) -> Verdict:
-    """As `score_row`; the index says which question the row is an order of."""
+    """As `score_row`; checks the index, by which rotations of a question are grouped."""
     for column, number in {"index": row.get("index"), "g_index": row.get("g_index", 0)}.items():
         if not str(number).isdecimal():
             raise InputError(f"{column} {number!r}: not a number")
@@ -41,13 +46,13 @@ def score_circular(row: Row, answer: str) -> Verdict:
 
 
 def score_3dsr(row: Row, answer: str) -> Verdict:
-    """As `score_row`; the qid says which question the row is an order or mirror image of."""
+    """As `score_row`; checks the qid, by which rotations and mirror images are grouped."""
     need(row, "qid")
     return score_row(row, answer)
 
 
 def score_mmmu(row: Row, answer: str) -> Verdict:
-    """An open question is one of two options, the right answer's text and others."""
+    """As `score_row`; an open question gets the options "A" (the right answer) and "B" (others)."""
     choices, right = columns_of_options(row) or options(row), right_answer(row)
     if "A" not in choices:
         choices = {**choices, "A": right, "B": "Other Answers"}
@@ -60,7 +65,11 @@ def score_mmmu(row: Row, answer: str) -> Verdict:
 
 
 def summarise(scored_rows: Sequence[ScoredRow], main_split: str | None = None) -> list[Metric]:
-    """For each split the mean of all rows, of each l2-category and of each category."""
+    """For each split the accuracy of all rows, of each l2-category and of each category.
+
+    Args:
+      main_split: the split whose accuracy is the headline; default: all splits together.
+    """
     splits = sorted({str(one.row.get("split", "")) for one in scored_rows})
     if main_split in splits:
         splits = [main_split, *(split for split in splits if split != main_split)]
@@ -74,16 +83,12 @@ def summarise(scored_rows: Sequence[ScoredRow], main_split: str | None = None) -
         for column in ("l2-category", "category"):
             for metric in by_column(mine, column):
                 short = _ABBREVIATIONS.get(metric.name, metric.name)
-                found.append(Metric(prefix + short, *_numbers(metric)))
+                found.append(dataclasses.replace(metric, name=prefix + short))
     return found
 
 
-def _numbers(metric: Metric) -> tuple[float, float, float, int]:
-    return metric.value, metric.low, metric.high, metric.count
-
-
 def circular_groups(scored_rows: Sequence[ScoredRow]) -> list[ScoredRow]:
-    """Each question once, right only if it is right in every order that was asked."""
+    """One row for each question, right only if every rotation that was asked is right."""
     groups: dict[int, list[ScoredRow]] = {}
     for one in scored_rows:
         index = int(one.row["index"])
@@ -97,7 +102,7 @@ def circular_groups(scored_rows: Sequence[ScoredRow]) -> list[ScoredRow]:
 
 
 def summarise_circular(scored_rows: Sequence[ScoredRow]) -> list[Metric]:
-    """By questions that are right in every order; then of single rows."""
+    """Circular accuracy, by question; then plain accuracy, by row."""
     rows = mean("rows, each order by itself", [one.verdict.score for one in scored_rows])
     return [*summarise(circular_groups(scored_rows)), rows]
 
@@ -115,7 +120,7 @@ def _question(qid: str) -> str:
 
 
 def summarise_3dsr(scored_rows: Sequence[ScoredRow]) -> list[Metric]:
-    """Rows by themselves, with their mirror image, in every order, and all of these together."""
+    """Accuracy of rows, then of groups: mirror images, rotations, and both together."""
     found = [*_with_category(scored_rows, "vanilla")]
     for name, key in (("flip", _flip), ("circular", _circular), ("flip and circular", _question)):
         together: dict[str, float] = {}

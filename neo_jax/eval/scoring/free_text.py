@@ -1,21 +1,24 @@
-"""Answers in words: ANLS (DocVQA), relaxed accuracy (ChartQA), VQA accuracy (TextVQA), OCRBench."""
+"""Scorers and metrics of free-text answers.
+
+ANLS (DocVQA), relaxed accuracy (ChartQA), VQA accuracy (TextVQA), containment (OCRBench).
+"""
 
 from collections.abc import Sequence
 
 from rapidfuzz.distance import Levenshtein
 
+from neo_jax.eval.scoring.metrics import Metric, ScoredRow, Verdict, by_column, mean, of_sums
 from neo_jax.eval.scoring.normalise import one_line, vqa_answer
-from neo_jax.eval.scoring.summary import Metric, ScoredRow, Verdict, by_column, mean, of_sums
 from neo_jax.eval.tables.rows import Row, listed, right_answer
 
 _ANLS_THRESHOLD = 0.5
 _TOLERANCE = 0.05  # of ChartQA's numbers
-_AGREEING = 3  # people of whom a TextVQA answer needs as many
+_AGREEING = 3  # annotators whose agreement gives a TextVQA answer full score
 _FORMULAS = "Handwritten Mathematical Expression Recognition"
 
 
 def score_anls(row: Row, answer: str) -> Verdict:
-    """One less the edit distance by length to the nearest answer, or 0 below a half."""
+    """ANLS: 1 - edit distance / length, of the nearest right answer; 0 if that is below 0.5."""
     score = max((1 - _distance(truth, answer) for truth in _truths(row)), default=0.0)
     return Verdict(score if score >= _ANLS_THRESHOLD else 0.0, answer)
 
@@ -27,15 +30,15 @@ def _distance(truth: str, answer: str) -> float:
 
 
 def score_relaxed(row: Row, answer: str) -> Verdict:
-    """Numbers to 5 %, anything else but for its case."""
+    """Relaxed accuracy: numbers within 5 %, other texts equal but for their case."""
     answer = answer.strip()
     return Verdict(float(any(_agrees(truth, answer) for truth in _truths(row))), answer)
 
 
 def _agrees(truth: str, answer: str) -> bool:
-    wanted, given = _number(truth), _number(answer)
-    if given is not None and wanted:
-        return abs(given - wanted) / abs(wanted) <= _TOLERANCE
+    target, given = _number(truth), _number(answer)
+    if given is not None and target:
+        return abs(given - target) / abs(target) <= _TOLERANCE
     return answer.lower() == truth.lower()
 
 
@@ -47,24 +50,24 @@ def _number(value: str) -> float | None:
 
 
 def score_vqa(row: Row, answer: str) -> Verdict:
-    """The mean over ten people of how far the nine others agree: three of them are enough."""
-    said = vqa_answer(answer)
+    """VQA accuracy: min(1, agreeing annotators / 3), averaged over leaving out one of the ten."""
+    parsed = vqa_answer(answer)
     truths = [vqa_answer(truth) for truth in _truths(row)]
-    same = truths.count(said)
-    scores = [min(1, (same - (truth == said)) / _AGREEING) for truth in truths]
-    return Verdict(sum(scores) / max(1, len(scores)), said)
+    matches = truths.count(parsed)
+    scores = [min(1, (matches - (truth == parsed)) / _AGREEING) for truth in truths]
+    return Verdict(sum(scores) / max(1, len(scores)), parsed)
 
 
 def score_ocrbench(row: Row, answer: str) -> Verdict:
-    """One of the right answers is somewhere in the answer; of formulas without any spaces."""
+    """1 if the answer contains a right answer, without case; of formulas, without spaces."""
 
-    def plain(value: str) -> str:
+    def normalised(value: str) -> str:
         value = value.strip().replace("\n", " ")
         is_formula = row.get("category") == _FORMULAS
         return value.replace(" ", "") if is_formula else value.lower()
 
-    said = plain(answer)
-    return Verdict(float(any(plain(truth) in said for truth in _truths(row))), said)
+    parsed = normalised(answer)
+    return Verdict(float(any(normalised(truth) in parsed for truth in _truths(row))), parsed)
 
 
 def _truths(row: Row) -> list[str]:
@@ -72,14 +75,14 @@ def _truths(row: Row) -> list[str]:
 
 
 def summarise(scored_rows: Sequence[ScoredRow]) -> list[Metric]:
-    """The mean of all rows, of each split, or else of each category."""
+    """The mean score of all rows, then of each split or, without splits, of each category."""
     total = mean("Overall", [one.verdict.score for one in scored_rows])
     has_splits = any("split" in one.row for one in scored_rows)
     return [total, *by_column(scored_rows, "split" if has_splits else "category")]
 
 
 def summarise_ocrbench(scored_rows: Sequence[ScoredRow]) -> list[Metric]:
-    """Points, of 1000 for the whole benchmark, as they are published; and of each kind."""
+    """Points, at most 1000 for the whole benchmark, as published; then of each kind."""
     kinds: dict[str, list[float]] = {}
     for one in scored_rows:
         kind = str(one.row.get("category", ""))

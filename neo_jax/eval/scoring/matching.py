@@ -1,8 +1,8 @@
 # ruff: noqa: RUF001  (the official patterns know Chinese punctuation)
-"""What an answer says: a letter, a number, yes or no. Each as one official scorer reads it.
+"""Answer extraction: the letter, number, or yes or no that a model's answer states.
 
-These are the rules behind the published numbers, with their quirks, and the recorded outcomes in
-`tests/golden/scores/extractors.json` hold them there. A None says that nothing was found.
+Each function follows one official scorer, quirks included, because the published numbers depend on
+them. `tests/golden/scores/extractors.json` records their results. None: nothing was found.
 """
 
 import ast
@@ -10,7 +10,10 @@ import re
 import string
 from collections.abc import Callable, Mapping
 
+from neo_jax.eval.tables.rows import is_missing
+
 REFUSED = "Z"  # the letter of no option
+NO_ANSWER = "nan"  # the official scorers' reading of an empty prediction
 
 _REFUSALS = (
     "Sorry, I can't help with images of people yet.",
@@ -21,8 +24,13 @@ _REFUSALS = (
 _TO_SPACES = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 
 
+def prediction_text(prediction: str | None) -> str:
+    """A prediction as the official scorers read it: "nan" if it reads as an empty cell."""
+    return NO_ANSWER if is_missing(prediction) else str(prediction)
+
+
 def option_letter(answer: str, options: Mapping[str, str]) -> str | None:
-    """The option that an answer names, by its letter near the end or else by its text.
+    """The letter of the option that an answer names, by letter near the end or else by text.
 
     Args:
       options: letters to texts.
@@ -48,7 +56,7 @@ def _quoted_option(answer: str, options: Mapping[str, str]) -> str | None:
     return quoted[0] if len(quoted) == 1 else None
 
 
-# The forms that the spatial benchmarks look for, from the surest to the last resort.
+# The forms that the spatial benchmarks look for, the most reliable first.
 _INVISIBLE = re.compile("[\u200b\u200c\u200d\ufeff]")
 _OPEN, _CLOSE = r"[(\[{（【]?\s*", r"\s*[)\]}）】]?"
 _TAGGED = re.compile(
@@ -75,7 +83,7 @@ _TAIL, _TAIL_LINES = 800, 6  # characters, lines
 
 
 def stated_letter(answer: str) -> str | None:
-    """The letter, A to F, that an answer of free form arrives at; a tagged one may go to J."""
+    """The letter, A to F, that a free-form answer concludes with; in an <answer> tag, A to J."""
     text = _INVISIBLE.sub("", answer.strip())
     tail = text[-_TAIL:]
     for pattern, where in ((_TAGGED, text), *((pattern, tail) for pattern in _BEFORE_TAG)):
@@ -104,7 +112,7 @@ def _letter_of_lines(lines: list[str]) -> str | None:
 
 
 def _after_thinking(text: str) -> str:
-    """What follows the last </think>, or else the last <think>, or else all."""
+    """The text after the last </think>, or else after the last <think>, or else all of it."""
     for tag in (r"</\s*think\s*>", r"<\s*think\s*>"):
         if ends := [found.end() for found in re.finditer(tag, text, re.I)]:
             return text[ends[-1] :].strip()
@@ -123,7 +131,7 @@ _NUMBER_WORD = re.compile(rf"\b({'|'.join(NUMBERS)})\b", re.I)
 
 
 def stated_number(answer: str) -> float | None:
-    """The number that an answer gives: the first of a list, in words, tagged, or the first."""
+    """The number in an answer: the first of a list, else in words, else tagged, else the first."""
     if (stripped := answer.strip()).startswith("[") and stripped.endswith("]"):
         try:
             listed = ast.literal_eval(answer)
@@ -148,7 +156,7 @@ _PREFIXES = (
 
 
 def first_letter(answer: str, letters: str = "ABCD") -> str | None:
-    """The first capital among `letters`, wherever it stands, after phrases that announce one."""
+    """The first capital among `letters`, at any place, once phrases like "Answer:" are removed."""
     text = answer.strip()
     for prefix in _PREFIXES:
         text = text.replace(prefix, "")
@@ -157,17 +165,17 @@ def first_letter(answer: str, letters: str = "ABCD") -> str | None:
 
 
 def yes_or_no(answer: str) -> str:
-    """ "Yes" or "No" if just one of them is a word of the answer, else "Unknown"."""
+    """ "Yes" or "No" if exactly one of them is a word of the answer, else "Unknown"."""
     words = without_punctuation(answer.lower()).split()
-    said = [word for word in ("yes", "no") if word in words]
-    return said[0].capitalize() if len(said) == 1 else "Unknown"
+    named = [word for word in ("yes", "no") if word in words]
+    return named[0].capitalize() if len(named) == 1 else "Unknown"
 
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 
 
 def without_punctuation(text: str) -> str:
-    """As the VQA evaluation does it: marks beside a space vanish, others turn into spaces."""
+    """As the VQA evaluation: marks beside a space are removed, others become spaces."""
     has_grouped_digits = re.search(r"\d,\d", text) is not None
     cleaned = text
     for mark in _PUNCTUATION:
@@ -178,7 +186,7 @@ def without_punctuation(text: str) -> str:
 
 
 def mentioned_option(answer: str, options: Mapping[str, str]) -> str | None:
-    """As MMMU's own evaluation: the last letter written as an option, or else the last text."""
+    """As MMMU's own evaluation: the last option named, by letter or else by text."""
     for mark in ",.!?;:'":
         answer = answer.strip(mark)
     answer = f" {answer} "
@@ -203,9 +211,9 @@ def _written(answer: str, options: Mapping[str, str], form: str) -> dict[str, No
 
 
 def _last(letters: Mapping[str, None], place: Callable[[str], int]) -> str | None:
-    return max(letters, key=place, default=None)  # of equal places the first
+    return max(letters, key=place, default=None)  # ties: the first
 
 
 def lettered(texts: list[str]) -> dict[str, str]:
-    """Options by letter: A, B, C and so on."""
+    """Texts by the letters A, B, C and so on."""
     return dict(zip(string.ascii_uppercase, texts, strict=False))

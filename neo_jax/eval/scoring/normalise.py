@@ -1,4 +1,4 @@
-"""Texts made comparable, as the VQA and MMMU evaluations do it."""
+"""Text normalisation before answers are compared, as in the VQA and MMMU evaluations."""
 
 import re
 
@@ -7,7 +7,7 @@ from neo_jax.eval.scoring.matching import NUMBERS, without_punctuation
 _ARTICLES = ("a", "an", "the")
 _TO_DIGITS = {"none": "0", **{word: str(digit) for digit, word in enumerate(NUMBERS[:11])}}
 
-# Each is also recognised without its apostrophes.
+# Each is recognised without its apostrophes.
 _SIMPLE = (
     "ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's "
     "how'd how'll how's isn't it'd it'll ma'am might've mightn't must've mustn't needn't not've "
@@ -22,7 +22,7 @@ _DOUBLE = (
     "couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've somebody'd've "
     "someone'd've something'd've there'd've they'd've we'd've who'd've wouldn't've you'd've"
 )
-# What the official table has besides.
+# Further entries of the official table.
 _ODD = {
     **{"somebody'd": "somebodyd", "ow's'at": "'ow's'at", "'ows'at": "'ow's'at"},
     **{"'ow'sat": "'ow's'at", "yall'll": "y'all'll", "y'allll": "y'all'll"},
@@ -67,7 +67,7 @@ _SIGNPOSTS = (
 
 
 def open_answers(answer: str) -> set[str | float]:
-    """What an answer to an open question may mean, as MMMU reads it: phrases and numbers."""
+    """The candidate answers in a reply to an open question, as in MMMU: phrases and numbers."""
     answer = answer.strip().strip(".").lower()
     phrases = _conclusions(answer) or [answer]
     numbers = [n for phrase in phrases for pattern in _NUMBERS for n in re.findall(pattern, phrase)]
@@ -75,13 +75,13 @@ def open_answers(answer: str) -> set[str | float]:
 
 
 def _conclusions(answer: str) -> list[str]:
-    """The shortest ends of lines after a word that announces a result."""
+    """For each line the shortest text that follows a signpost such as "is" or "total"."""
     lines = answer.split("\n")
     found = []
     for number, line in enumerate(lines, 1):
         signposts = (*_SIGNPOSTS, "=") if number == len(lines) else _SIGNPOSTS
         ends = [line.split(sign)[-1].strip() for sign in signposts if sign in line]
-        # As officially: an empty end gives way to the next one.
+        # As officially: an empty text is replaced by the next one.
         shortest = ""
         for end in ends:
             if not shortest or len(end) < len(shortest):
@@ -92,7 +92,7 @@ def _conclusions(answer: str) -> list[str]:
 
 
 def text_or_number(text: str) -> list[str | float]:
-    """A number to two decimals, or the text in lower case; one letter with a space beside it."""
+    """A number to two decimals, or the text in lower case; one character gets a space beside it."""
     text = text.strip()
     try:
         return [round(float(text.replace(",", "")), 2)]

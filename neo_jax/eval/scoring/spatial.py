@@ -1,4 +1,8 @@
-"""The spatial benchmarks: letters in free-form answers, numbers by mean relative accuracy."""
+"""Scorers and metrics of the spatial benchmarks.
+
+A letter in a free-form answer, mean relative accuracy (MRA) of a number, and chance-adjusted
+accuracy (CAA).
+"""
 
 from collections.abc import Sequence
 
@@ -6,7 +10,7 @@ import numpy as np
 
 from neo_jax.errors import InputError
 from neo_jax.eval.scoring.matching import stated_letter, stated_number
-from neo_jax.eval.scoring.summary import (
+from neo_jax.eval.scoring.metrics import (
     Metric,
     ScoredRow,
     Verdict,
@@ -17,36 +21,41 @@ from neo_jax.eval.scoring.summary import (
 )
 from neo_jax.eval.tables.rows import Row, listed, right_answer, text
 
-# A relative error of at most one less each of these: 0.50, 0.55 and so on to 0.95.
+# Of MRA: a relative error passes threshold t if it is at most 1 - t.
 _THRESHOLDS = np.linspace(0.5, 0.95, 10)
 _NO_LETTERS = "neither the answer nor the truth names a letter A to F"
 
 
 def score_letter(row: Row, answer: str) -> Verdict:
-    said, truth = stated_letter(answer), stated_letter(right_answer(row).strip())
-    fault = _NO_LETTERS if said is truth is None else ""
-    return Verdict(float(said == truth), said, fault)
+    """1 if the answer states the same letter as the right answer."""
+    parsed, truth = stated_letter(answer), stated_letter(right_answer(row).strip())
+    fault = _NO_LETTERS if parsed is truth is None else ""
+    return Verdict(float(parsed == truth), parsed, fault)
 
 
 def score_number(row: Row, answer: str) -> Verdict:
-    """Mean relative accuracy: the share of thresholds that the relative error keeps."""
-    said = stated_number(answer)
+    """MRA of the number in the answer."""
+    parsed = stated_number(answer)
     try:
         truth = float(right_answer(row))
     except (TypeError, ValueError):
         truth = float("nan")
-    if said is None or truth != truth:
-        return Verdict(0.0, said)
-    return Verdict(relative_accuracy(said, truth), said)
+    if parsed is None or truth != truth:
+        return Verdict(0.0, parsed)
+    return Verdict(mean_relative_accuracy(parsed, truth), parsed)
 
 
-def relative_accuracy(said: float, truth: float) -> float:
-    error = abs((said - truth) / truth) if truth else abs(said)
+def mean_relative_accuracy(value: float, truth: float) -> float:
+    """MRA: the share of the ten thresholds that the relative error passes."""
+    error = abs((value - truth) / truth) if truth else abs(value)
     return float((error <= 1 - _THRESHOLDS).mean())
 
 
 def summarise_site(scored_rows: Sequence[ScoredRow]) -> list[Metric]:
-    """Accuracy, and accuracy above chance: CAA, for questions of unlike numbers of options."""
+    """Accuracy and CAA, overall and by category.
+
+    CAA counts the accuracy above that of guessing, which depends on the number of options.
+    """
     found = _with_chance("overall", scored_rows)
     for name in dict.fromkeys(one.row["category"] for one in scored_rows if "category" in one.row):
         found += _with_chance(name, [one for one in scored_rows if one.row.get("category") == name])
@@ -88,6 +97,7 @@ _VSI_LETTERS = (
 
 
 def score_vsi(row: Row, answer: str) -> Verdict:
+    """A number or a letter, by the type of the question."""
     kind = text(row, "question_type")
     if kind in _VSI_NUMBERS:
         return score_number(row, answer)
@@ -97,7 +107,7 @@ def score_vsi(row: Row, answer: str) -> Verdict:
 
 
 def summarise_vsi(scored_rows: Sequence[ScoredRow]) -> list[Metric]:
-    """The mean over kinds of question; the levels of direction are one kind, if all are there."""
+    """The mean over types of question; the three levels of direction together are one type."""
     kinds = [one.row["question_type"] for one in scored_rows]
     scores = [one.verdict.score for one in scored_rows]
     levels = {f"{_VSI_DIRECTION}_{level}" for level in ("easy", "medium", "hard")}
@@ -135,12 +145,13 @@ _MOVES = (
 
 
 def score_spar(row: Row, answer: str) -> Verdict:
+    """A number, a letter or a camera move, by the task of the row."""
     task = text(row, "task")
     if task in _SPAR_LOW:
         return score_number(row, answer)
     if task == _VIEW_CHANGE:
-        said, truth = _moves(answer), _moves(right_answer(row))
-        scores = [relative_accuracy(s, t) for s, t in zip(said, truth, strict=True)]
+        moves, truth = _moves(answer), _moves(right_answer(row))
+        scores = [mean_relative_accuracy(m, t) for m, t in zip(moves, truth, strict=True)]
         return Verdict(float(np.mean(scores)), answer)
     if task in _SPAR_MIDDLE + _SPAR_HIGH:
         return score_letter(row, answer)
@@ -149,19 +160,19 @@ def score_spar(row: Row, answer: str) -> Verdict:
 
 
 def _moves(instruction: str) -> list[float]:
-    """The way along each axis of "move_right:0.3,rotate_left:30"; what cannot be read is 0."""
-    said: dict[str, float] = {}
+    """The signed move along each axis of "move_right:0.3,rotate_left:30"; 0 if unreadable."""
+    amounts: dict[str, float] = {}
     for part in instruction.split(","):
         name, _, amount = part.partition(":")
         try:
-            said[name.strip()] = float(amount)
+            amounts[name.strip()] = float(amount)
         except ValueError:
             continue
-    return [said.get(forth, 0.0) - said.get(back, 0.0) for forth, back in _MOVES]
+    return [amounts.get(forth, 0.0) - amounts.get(back, 0.0) for forth, back in _MOVES]
 
 
 def summarise_spar(scored_rows: Sequence[ScoredRow]) -> list[Metric]:
-    """The mean over tasks: of all, and of each level; then each task."""
+    """The mean over all tasks, then over the tasks of each level, then each task."""
     tasks = [one.row["task"] for one in scored_rows]
     scores = [one.verdict.score for one in scored_rows]
     found = [mean_of_means("overall", tasks, scores, dict.fromkeys(tasks, 1.0))]

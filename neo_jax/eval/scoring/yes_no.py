@@ -1,4 +1,4 @@
-"""Yes or no: POPE by F1, HallusionBench by consistency, MME by pairs."""
+"""Yes-or-no questions: F1 (POPE), consistency (HallusionBench), accuracy of pairs (MME)."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from neo_jax.errors import InputError
 from neo_jax.eval.scoring.matching import yes_or_no
-from neo_jax.eval.scoring.summary import Metric, ScoredRow, Verdict, mean, of_sums
+from neo_jax.eval.scoring.metrics import Metric, ScoredRow, Verdict, mean, of_sums
 from neo_jax.eval.tables.rows import Row, need, right_answer, text
 
 _PERCEPTION = (
@@ -16,19 +16,20 @@ _PERCEPTION = (
 
 
 def score_row(row: Row, answer: str) -> Verdict:
-    said = yes_or_no(answer)
-    return Verdict(float(said == right_answer(row)), None if said == "Unknown" else said)
+    """1 if the answer says the right one of "Yes" and "No"."""
+    parsed = yes_or_no(answer)
+    return Verdict(float(parsed == right_answer(row)), None if parsed == "Unknown" else parsed)
 
 
 def score_hallusion(row: Row, answer: str) -> Verdict:
-    """As `score_row`; the index says which figure and question the row belongs to."""
+    """As `score_row`; checks the index, which names the figure and the question of the row."""
     if len(str(row.get("index", "")).split("_")) < 6:
         raise InputError(f"index {row.get('index')!r}: not of six parts, such as VD_figure_x_3_1_0")
     return score_row(row, answer)
 
 
 def score_mme(row: Row, answer: str) -> Verdict:
-    """As `score_row`; the category says which points the row adds to."""
+    """As `score_row`; checks that the row has a category, to which its points belong."""
     need(row, "category")
     return score_row(row, answer)
 
@@ -45,14 +46,16 @@ def summarise_pope(scored_rows: Sequence[ScoredRow]) -> list[Metric]:
 
 
 def _f1(prefix: str, rows: list[tuple[ScoredRow, int]]) -> list[Metric]:
-    columns = np.zeros((len(rows), 5))  # true positives, false ones, missed, right, all
+    columns = np.zeros(
+        (len(rows), 5)
+    )  # true positives, false positives, false negatives, right, all
     for place, (one, times) in enumerate(rows):
-        is_yes, said_yes = right_answer(one.row) == "Yes", one.verdict.said == "Yes"
-        kinds = (is_yes and said_yes, said_yes and not is_yes, is_yes and not said_yes)
+        is_yes, answered_yes = right_answer(one.row) == "Yes", one.verdict.parsed == "Yes"
+        kinds = (is_yes and answered_yes, answered_yes and not is_yes, is_yes and not answered_yes)
         columns[place] = times * np.array([*kinds, one.verdict.score, 1])
     count = sum(times for _, times in rows)
 
-    def share(top: int, *parts: int):
+    def ratio(top: int, *parts: int):
         def formula(sums):
             total = sum(sums[..., part] for part in parts)
             return np.where(total > 0, sums[..., top], 0) / np.where(total > 0, total, 1)
@@ -62,22 +65,25 @@ def _f1(prefix: str, rows: list[tuple[ScoredRow, int]]) -> list[Metric]:
     return [
         of_sums(prefix + name, columns, formula, count=count)
         for name, formula in (
-            ("F1", lambda sums: share(0, 0, 0, 1, 2)(sums) * 2),
-            ("accuracy", share(3, 4)),
-            ("precision", share(0, 0, 1)),
-            ("recall", share(0, 0, 2)),
+            ("F1", lambda sums: ratio(0, 0, 0, 1, 2)(sums) * 2),
+            ("accuracy", ratio(3, 4)),
+            ("precision", ratio(0, 0, 1)),
+            ("recall", ratio(0, 0, 2)),
         )
     ]
 
 
 def summarise_hallusion(scored_rows: Sequence[ScoredRow]) -> list[Metric]:
-    """Of all, of each category and l2-category: rows, figures and questions that are all right."""
+    """Accuracy by row (aAcc), by figure (fAcc) and by question (qAcc): overall and by category.
+
+    A figure or question is right if all its rows are.
+    """
     found = _consistency("", scored_rows)
     for column in ("category", "l2-category"):
         for name in dict.fromkeys(one.row[column] for one in scored_rows if column in one.row):
             mine = [one for one in scored_rows if one.row.get(column) == name]
             found += _consistency(f"{name}: ", mine)
-    # The paper's number is the mean of these three.
+    # The headline, as in the paper: the mean of the three overall accuracies.
     scores = [metric.value for metric in found[:3]]
     low, high = (float(np.mean([getattr(m, end) for m in found[:3]])) for end in ("low", "high"))
     return [Metric("average", float(np.mean(scores)), low, high, len(scored_rows)), *found]
@@ -99,12 +105,12 @@ def _consistency(prefix: str, scored_rows: Sequence[ScoredRow]) -> list[Metric]:
 
 
 def summarise_mme(scored_rows: Sequence[ScoredRow]) -> list[Metric]:
-    """Points: of each category the accuracy and that of whole pairs, in percent, added up."""
+    """Points: for each category the accuracy of rows plus that of pairs, in percent, summed."""
     groups: dict[str, dict[str, list[float]]] = {}
     for one in scored_rows:
-        picture = str(one.row.get("image_path") or one.row.get("question_id"))
+        image = str(one.row.get("image_path") or one.row.get("question_id"))
         of_category = groups.setdefault(text(one.row, "category"), {})
-        of_category.setdefault(picture, []).append(one.verdict.score)
+        of_category.setdefault(image, []).append(one.verdict.score)
     names = sorted(groups)
     rows = []
     for place, name in enumerate(names):
@@ -122,10 +128,9 @@ def summarise_mme(scored_rows: Sequence[ScoredRow]) -> list[Metric]:
 
         return formula
 
-    is_seen = [name in _PERCEPTION for name in names]
-    perception = [name for name, seen in zip(names, is_seen, strict=True) if seen]
-    reasoning = [name for name, seen in zip(names, is_seen, strict=True) if not seen]
-    wanted = [("total points", names), ("perception", perception), ("reasoning", reasoning)]
-    wanted += [(name, [name]) for name in names]
+    perception = [name for name in names if name in _PERCEPTION]
+    reasoning = [name for name in names if name not in _PERCEPTION]
+    totals = [("total points", names), ("perception", perception), ("reasoning", reasoning)]
+    totals += [(name, [name]) for name in names]
     columns = np.array(rows)
-    return [of_sums(name, columns, points(kept)) for name, kept in wanted if kept]
+    return [of_sums(name, columns, points(kept)) for name, kept in totals if kept]

@@ -1,10 +1,10 @@
-"""The file of a benchmark as rows that are read one by one: TSV, Parquet or JSON.
+"""Dataset tables: the rows of a TSV, Parquet or JSON file, read one at a time.
 
-    MMBench_DEV_EN.tsv                    as VLMEvalKit publishes it, pictures in base64
+    MMBench_DEV_EN.tsv                    as VLMEvalKit publishes it, images in base64
     MMMU/validation-00000-of-00001.parquet, ...   as on the Hugging Face hub
     lvbench.jsonl                         an object a line, or .json with a list of them
 
-Nothing is ever downloaded. A row is read when it is asked for, so a file may be larger than memory.
+Nothing is downloaded. TSV and Parquet files may be larger than memory.
 """
 
 import abc
@@ -24,18 +24,18 @@ from neo_jax.errors import InputError
 from neo_jax.eval.tables.rows import make_row
 
 KINDS = (".tsv", ".parquet", ".jsonl", ".json")
-_REFERENCE = 64  # an image cell of at most so many characters is the index of another row
+_REFERENCE = 64  # an image cell of at most this many characters is the index of another row
 
 csv.field_size_limit(sys.maxsize)
 
 
-def is_picture_column(name: str) -> bool:
-    """Whether a column holds pictures: it stays out of what is kept of a row."""
+def is_image_column(name: str) -> bool:
+    """Whether a column holds images; such cells are not kept with the answers."""
     return re.fullmatch(r"images?|image_\d+", name) is not None
 
 
 class Table(abc.ABC):
-    """Rows by number. `row` gives all cells that are not missing, pictures as the file has them."""
+    """A dataset's rows by number, from 0. `row` leaves out empty cells and decodes no images."""
 
     columns: Sequence[str] = ()
 
@@ -49,12 +49,13 @@ class Table(abc.ABC):
     def row(self, number: int) -> dict[str, Any]: ...
 
     def where(self, number: int) -> str:
+        """The file and row, for error messages."""
         return f"{self.path.name}, row {number + 1}"
 
     @property
-    def has_pictures(self) -> bool:
-        """Whether there is a column for pictures."""
-        return any(map(is_picture_column, self.columns))
+    def has_images(self) -> bool:
+        """Whether there is an image column."""
+        return any(map(is_image_column, self.columns))
 
     def image_of(self, index: str) -> str | None:
         """The image cell of the row that has this index."""
@@ -72,8 +73,8 @@ def open_table(path: Path) -> Table:
         paths = sorted(found for found in path.rglob("*") if found.suffix in KINDS)
         kinds = {found.suffix for found in paths}
         if len(kinds) != 1:
-            said = f"files of {len(kinds)} kinds ({', '.join(sorted(kinds))})" if kinds else "none"
-            raise InputError(f"{path}: one kind of {', '.join(KINDS)} is needed in it, not {said}")
+            found = f"files of {len(kinds)} kinds ({', '.join(sorted(kinds))})" if kinds else "none"
+            raise InputError(f"{path}: one kind of {', '.join(KINDS)} is needed in it, not {found}")
     elif not path.is_file():
         raise InputError(f"{path}: no such file")
     elif path.suffix not in KINDS:
@@ -83,14 +84,14 @@ def open_table(path: Path) -> Table:
         parts = [kind(part) for part in paths]
     except (OSError, UnicodeDecodeError, csv.Error, pyarrow.ArrowException) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
-    table = parts[0] if len(parts) == 1 else Tables(path, parts)
+    table = parts[0] if len(parts) == 1 else ConcatenatedTable(path, parts)
     if not len(table):
         raise InputError(f"{path}: no rows in it")
     return table
 
 
-class Tables(Table):
-    """Several files one after the other."""
+class ConcatenatedTable(Table):
+    """Several files as one table."""
 
     def __init__(self, path: Path, parts: list[Table]):
         super().__init__(path)
@@ -99,7 +100,7 @@ class Tables(Table):
     def __len__(self) -> int:
         return sum(map(len, self._parts))
 
-    def _place(self, number: int) -> tuple[Table, int]:
+    def _part_of(self, number: int) -> tuple[Table, int]:
         for part in self._parts:
             if number < len(part):
                 return part, number
@@ -107,11 +108,11 @@ class Tables(Table):
         raise IndexError(number)
 
     def row(self, number: int) -> dict[str, Any]:
-        part, number = self._place(number)
+        part, number = self._part_of(number)
         return part.row(number)
 
     def where(self, number: int) -> str:
-        part, number = self._place(number)
+        part, number = self._part_of(number)
         return part.where(number)
 
     def image_of(self, index: str) -> str | None:
@@ -120,7 +121,7 @@ class Tables(Table):
 
 
 class TsvTable(Table):
-    """A TSV, of which only places in the file are kept."""
+    """A TSV file; only the byte offsets of its rows are in memory."""
 
     def __init__(self, path: Path):
         super().__init__(path)
@@ -128,25 +129,25 @@ class TsvTable(Table):
         lines = _Lines(self._file)
         records = csv.reader(lines, delimiter="\t")
         self.columns = next(records, [])
-        self._places, self._numbers = [], {}
-        begin = lines.place
+        self._offsets, self._numbers = [], {}
+        begin = lines.offset
         for cells in records:
             if cells:
                 if len(cells) != len(self.columns):
                     raise InputError(
-                        f"{self.where(len(self._places))}: {len(cells)} cells, but "
+                        f"{self.where(len(self._offsets))}: {len(cells)} cells, but "
                         f"{len(self.columns)} columns: is a tab or quote missing?"
                     )
                 cell = dict(zip(self.columns, cells, strict=True)).get("index", "")
-                self._numbers.setdefault(cell, len(self._places))
-                self._places.append(begin)
-            begin = lines.place
+                self._numbers.setdefault(cell, len(self._offsets))
+                self._offsets.append(begin)
+            begin = lines.offset
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._offsets)
 
     def row(self, number: int) -> dict[str, Any]:
-        self._file.seek(self._places[number])
+        self._file.seek(self._offsets[number])
         cells = next(csv.reader(_Lines(self._file), delimiter="\t"))
         return make_row(dict(zip(self.columns, cells, strict=True)))
 
@@ -156,10 +157,10 @@ class TsvTable(Table):
 
 
 class _Lines:
-    """Lines of a file as text, and the place behind the last one that was taken."""
+    """The lines of a file as text; `offset` is the end of the last one in bytes."""
 
     def __init__(self, file: BinaryIO):
-        self._file, self.place, self._is_first = file, file.tell(), file.tell() == 0
+        self._file, self.offset, self._is_first = file, file.tell(), file.tell() == 0
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -168,14 +169,14 @@ class _Lines:
         line = self._file.readline()
         if not line:
             raise StopIteration
-        self.place += len(line)
+        self.offset += len(line)
         encoding = "utf-8-sig" if self._is_first else "utf-8"
         self._is_first = False
         return line.decode(encoding)
 
 
 class ParquetTable(Table):
-    """A Parquet file, read by groups of rows."""
+    """A Parquet file, read one row group at a time."""
 
     def __init__(self, path: Path):
         super().__init__(path)
@@ -211,12 +212,12 @@ class ParquetTable(Table):
 
 
 class JsonTable(Table):
-    """A list of objects, or an object a line."""
+    """A JSON list of objects, or JSON lines; in memory as a whole."""
 
     def __init__(self, path: Path):
         super().__init__(path)
         text = path.read_text(encoding="utf-8-sig")
-        self._rows = _parsed(text, path) if path.suffix == ".json" else _json_lines(text, path)
+        self._rows = _parse_json(text, path) if path.suffix == ".json" else _json_lines(text, path)
         if not isinstance(self._rows, list) or not all(isinstance(r, dict) for r in self._rows):
             raise InputError(f"{path}: not a list of JSON objects")
         self.columns = list(dict.fromkeys(name for row in self._rows for name in row))
@@ -231,11 +232,11 @@ class JsonTable(Table):
 def _json_lines(text: str, path: Path) -> list[Any]:
     # Not splitlines: it also splits at U+2028 and the like, which JSON may hold as they are.
     lines = enumerate(text.split("\n"), 1)
-    return [_parsed(line, path, number) for number, line in lines if line.strip()]
+    return [_parse_json(line, path, number) for number, line in lines if line.strip()]
 
 
-def _parsed(text: str, path: Path, first: int = 1) -> Any:
-    """The JSON that begins in line `first` of a file."""
+def _parse_json(text: str, path: Path, first: int = 1) -> Any:
+    """Parses JSON that begins in line `first` of a file."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -246,10 +247,10 @@ def _parsed(text: str, path: Path, first: int = 1) -> Any:
 
 
 def resolve(table: Table, cell: Any) -> Any:
-    """An image cell, or the one of the row to which a short cell refers."""
+    """An image cell; of a short one, the image cell of the row that it refers to."""
     if not isinstance(cell, str) or len(cell) > _REFERENCE:
         return cell
     found = table.image_of(cell)
     if found is None or len(found) <= _REFERENCE:
-        raise InputError(f"image {cell!r}: neither a picture nor the index of a row that has one")
+        raise InputError(f"image {cell!r}: neither an image nor the index of a row that has one")
     return found

@@ -1,7 +1,7 @@
-"""Rows of the Hugging Face copies of benchmarks, made like those of the official TSVs.
+"""Adapters from the Hugging Face copies of benchmarks to the columns of the official TSVs.
 
-`standard` knows the names that differ and answers given by number; the others are for files of
-which more is different. None of them changes a row that already is as it should be.
+`standard` renames columns and turns an answer's number into its letter; the others do more for one
+kind of file. None of them changes a row that has the official columns already.
 """
 
 import string
@@ -22,7 +22,7 @@ _NAMES = {
 
 
 def standard(row: dict[str, Any]) -> dict[str, Any]:
-    """Other names of columns; options in columns of their own; an answer's number to its letter."""
+    """Official column names, one column for each option, and the right answer as a letter."""
     row = dict(row)
     for theirs, ours in _NAMES.items():
         if theirs in row and ours not in row:
@@ -46,7 +46,7 @@ def _with_letter(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def yes_no(row: dict[str, Any]) -> dict[str, Any]:
-    """ "yes" as "Yes"; HallusionBench's parts of an index put together, 1 as "Yes"."""
+    """ "yes" becomes "Yes". HallusionBench: builds the index from its parts; 1 becomes "Yes"."""
     row = standard(row)
     if "set_id" in row and "figure_id" in row:
         parts = (row.get("category"), row.get("l2-category"), "x", row["set_id"], row["figure_id"])
@@ -57,7 +57,7 @@ def yes_no(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def mmmu(row: dict[str, Any]) -> dict[str, Any]:
-    """Split and subject are in the id: validation_Art_3."""
+    """Takes split and category from an id such as validation_Art_3."""
     row = standard(row)
     split, _, subject = str(row.get("id", "")).rpartition("_")[0].partition("_")
     if subject and "split" not in row:
@@ -66,18 +66,20 @@ def mmmu(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def chartqa(row: dict[str, Any]) -> dict[str, Any]:
+    """Takes the split from the type of the question."""
     row = standard(row)
     names = {"human_test": "test_human", "augmented_test": "test_augmented"}
     return row | {"split": names[row["type"]]} if row.get("type") in names else row
 
 
 def ocrbench(row: dict[str, Any]) -> dict[str, Any]:
+    """Takes the category from the type of the question."""
     row = standard(row)
     return {"category": row["question_type"], **row} if "question_type" in row else row
 
 
 def video(row: dict[str, Any]) -> dict[str, Any]:
-    """Options, however they are given, in `candidates`."""
+    """Puts the options, in whichever columns they are, into `candidates`."""
     row = standard(row)
     letters = [row[letter] for letter in string.ascii_uppercase if letter in row]
     if "candidates" not in row and (letters or "options" in row):

@@ -1,4 +1,4 @@
-"""The pictures and videos that belong to a row, as encoded bytes or paths."""
+"""The images and videos of a row, as encoded bytes or paths."""
 
 import base64
 import binascii
@@ -15,13 +15,13 @@ from neo_jax.eval.tables.rows import Row, is_missing, listed
 VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif")
 _NUMBERED = re.compile(r"image_(\d+)")
 
-Picture = bytes | str  # encoded, or where it is
+EncodedImage = bytes | str  # the bytes of a file, or its path
 
 
-def pictures(row: Row, table: Table, folders: Sequence[Path]) -> list[Picture]:
-    """The row's pictures in order; none if it has no cell for any.
+def images(row: Row, table: Table, folders: Sequence[Path]) -> list[EncodedImage]:
+    """The row's images in order; an empty list if it has no image cell.
 
-    A cell is base64, the text of a list of them, the index of a row that has the picture, bytes,
+    A cell is base64, the text of a list of them, the index of a row that has the image, bytes,
     {"bytes": ..., "path": ...}, or a list of these; `image_1`, `image_2` and so on are one each;
     `image_path` is a path or a list of them, looked for in `folders`.
 
@@ -33,12 +33,12 @@ def pictures(row: Row, table: Table, folders: Sequence[Path]) -> list[Picture]:
     if columns:
         cells = [resolve(table, row[name]) for name in columns]
         return [one for cell in cells for one in _of_cell(cell, folders)]
-    return [_found(path, folders) for path in listed(row.get("image_path", []))]
+    return [_find_image(path, folders) for path in listed(row.get("image_path", []))]
 
 
-def _of_cell(cell: Any, folders: Sequence[Path]) -> list[Picture]:
+def _of_cell(cell: Any, folders: Sequence[Path]) -> list[EncodedImage]:
     if isinstance(cell, str):
-        return [_decoded(text) for text in listed(cell)]
+        return [_decode_base64(text) for text in listed(cell)]
     if isinstance(cell, list | tuple):
         return [one for part in cell if not is_missing(part) for one in _of_cell(part, folders)]
     if isinstance(cell, bytes):
@@ -46,19 +46,19 @@ def _of_cell(cell: Any, folders: Sequence[Path]) -> list[Picture]:
     if isinstance(cell, dict) and isinstance(cell.get("bytes"), bytes):
         return [cell["bytes"]]
     if isinstance(cell, dict) and isinstance(cell.get("path"), str):
-        return [_found(cell["path"], folders)]
+        return [_find_image(cell["path"], folders)]
     raise InputError(f"image: {type(cell).__name__} is neither base64, bytes nor a path")
 
 
-def _decoded(text: str) -> bytes:
+def _decode_base64(text: str) -> bytes:
     try:
         return base64.b64decode(text.split(",", 1)[-1] if text[:5] == "data:" else text)
     except (binascii.Error, ValueError) as error:
         raise InputError(f"image: bad base64: {error}") from error
 
 
-# os.path.exists, not Path.exists: that raises for a name that no file system has.
-def _found(path: str, folders: Sequence[Path]) -> str:
+# os.path.exists, not Path.exists: the latter raises if a name is too long for the file system.
+def _find_image(path: str, folders: Sequence[Path]) -> str:
     places = [folder / path.strip().lstrip("/") for folder in folders]
     if Path(path).is_absolute():
         places.insert(0, Path(path))
@@ -69,10 +69,16 @@ def _found(path: str, folders: Sequence[Path]) -> str:
 
 
 def video(names: Sequence[str], folders: Sequence[Path]) -> str:
-    """The video, a file or a folder of frames, that one of the names leads to.
+    """The path of a row's video: a file or a folder of frames.
 
-    Each name is looked for in each folder and in its `videos`, `video` and `data`, as it is and
-    with the endings of videos.
+    Looks for each name in each folder and in its `videos`, `video` and `data`, as it is and with
+    the usual endings.
+
+    Args:
+      names: possible names of the video, the likeliest first.
+
+    Raises:
+      InputError: if none of them exists.
     """
     for name in names:
         for folder in folders:

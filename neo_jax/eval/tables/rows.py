@@ -1,4 +1,4 @@
-"""One question of a benchmark: what its file says, by column, and how the columns are read."""
+"""A row of a dataset table: its cells by column, and functions that read them."""
 
 import ast
 import json
@@ -9,11 +9,10 @@ from typing import Any
 
 from neo_jax.errors import InputError
 
-Row = Mapping[
-    str, Any
-]  # by column in lower case, but for options A, B, C; nothing missing is in it
+# Cells by column. Names are in lower case but for the options A, B, C; empty cells are left out.
+Row = Mapping[str, Any]
 
-# What the official code, which reads tables with pandas, takes for an empty cell.
+# The texts that pandas, with which the official code reads tables, takes for an empty cell.
 MISSING = frozenset(
     (
         *("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND"),
@@ -23,13 +22,14 @@ MISSING = frozenset(
 
 
 def is_missing(value: Any) -> bool:
+    """Whether pandas would read the cell as empty."""
     if isinstance(value, str):
         return value in MISSING
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def make_row(cells: Mapping[str, Any]) -> dict[str, Any]:
-    """The row of what a file holds."""
+    """A row from the cells of a file."""
 
     def name(column: str) -> str:
         return column if column in string.ascii_uppercase else column.lower()
@@ -38,23 +38,28 @@ def make_row(cells: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def need(row: Row, column: str) -> Any:
-    """A cell that must be there."""
+    """A cell that must not be empty.
+
+    Raises:
+      InputError: if it is.
+    """
     if column not in row:
         raise InputError(f"no {column}")
     return row[column]
 
 
 def text(row: Row, column: str) -> str:
+    """As `need`, as text."""
     return str(need(row, column))
 
 
 def right_answer(row: Row) -> str:
-    """The right answer; as the official scorers get it, "nan" if the file has none."""
+    """The right answer as text; "nan" if there is none, as the official scorers read it."""
     return str(row.get("answer", "nan"))
 
 
 def listed(value: Any) -> list[str]:
-    """A list, the text of one, as Python or JSON writes it, or one text alone."""
+    """The texts of a list, of a list written in Python or JSON, or of a single value."""
     if isinstance(value, str) and value[:1] == "[" and value[-1:] == "]":
         for parse in (ast.literal_eval, json.loads):
             try:
@@ -86,8 +91,3 @@ def options(row: Row) -> dict[str, str]:
         for line in lines
         if len(line) > 2 and line[0].isalpha() and line[1] == "."
     }
-
-
-def answer_of(row: Row, prediction: str | None) -> str:
-    """A prediction as the official scorers get it: one that reads as empty is the text "nan"."""
-    return "nan" if is_missing(prediction) else str(prediction)

@@ -1,4 +1,4 @@
-"""Scores of many rows as the numbers that a benchmark reports, with 95 % confidence intervals."""
+"""Metrics of a benchmark, with 95 % confidence intervals, from the verdicts on its rows."""
 
 import dataclasses
 import math
@@ -15,15 +15,15 @@ _SEED = 0
 
 
 class Verdict(NamedTuple):
-    """What became of one row."""
+    """A scorer's result for one row."""
 
     score: float  # 0 to 1
-    said: Any = None  # what was understood of the answer; None if nothing was
-    fault: str = ""  # which fault of the official scoring decides this score, if one does
+    parsed: Any = None  # the letter, number or text found in the answer; None: nothing
+    fault: str = ""  # the fault of the official scorer that decides this score, if any
 
 
 class ScoredRow(NamedTuple):
-    """A row, what the model answered ("nan" if nothing) and what came of it."""
+    """A row, the model's answer ("nan" if empty) and the verdict on it."""
 
     row: Row
     answer: str
@@ -38,11 +38,14 @@ class Metric:
     value: float
     low: float  # 95 % confidence interval
     high: float
-    count: int  # rows or groups that it is about
+    count: int  # rows or groups that it counts
 
 
 def mean(name: str, scores: Sequence[float], scale: float = 100.0) -> Metric:
-    """The mean of independent scores; of right and wrong ones the interval is Wilson's."""
+    """The mean of independent scores.
+
+    The interval is Wilson's if all scores are 0 or 1, else a bootstrap over rows.
+    """
     values = np.asarray(scores, np.float64)
     if not len(values):
         return Metric(name, math.nan, math.nan, math.nan, 0)
@@ -63,12 +66,12 @@ def of_sums(
     scale: float = 100.0,
     count: int | None = None,
 ) -> Metric:
-    """A number made of sums over rows, such as F1; its interval is a bootstrap's over rows.
+    """A metric that is a formula of sums over rows, such as F1; its interval is a bootstrap.
 
     Args:
-      columns_nk: [n, k], what each row, or each group of rows that belong together, adds.
+      columns_nk: [n, k], the terms of each row, or of each group of rows that belong together.
       formula: sums [..., k] to values [...].
-      count: rows that it is about; default: n.
+      count: the rows or groups that it counts; default: n.
     """
     columns = np.asarray(columns_nk, np.float64)
     n = len(columns)
@@ -87,7 +90,7 @@ def of_sums(
 def mean_of_means(
     name: str, groups: Sequence[Any], scores: Sequence[float], weights: dict[Any, float]
 ) -> Metric:
-    """The weighted mean of groups' means; a group that a resample misses is left out of it."""
+    """The weighted mean of the groups' means; a resample without a group leaves that group out."""
     names = list(dict.fromkeys(groups))
     columns = np.zeros((len(groups), 2 * len(names)))
     for row, (group, score) in enumerate(zip(groups, scores, strict=True)):
@@ -96,15 +99,15 @@ def mean_of_means(
     weight = np.array([weights[group] for group in names])
 
     def formula(sums):
-        is_there = sums[..., 1::2] > 0
-        means = sums[..., 0::2] / np.where(is_there, sums[..., 1::2], 1)
-        return (means * weight).sum(axis=-1) / (is_there * weight).sum(axis=-1)
+        has_rows = sums[..., 1::2] > 0
+        means = sums[..., 0::2] / np.where(has_rows, sums[..., 1::2], 1)
+        return (means * weight).sum(axis=-1) / (has_rows * weight).sum(axis=-1)
 
     return of_sums(name, columns, formula)
 
 
 def by_column(scored_rows: Sequence[ScoredRow], column: str, name: str = "{}") -> list[Metric]:
-    """The mean of each value of a column, in the order of their names."""
+    """The mean score for each value of a column, in sorted order; `name` formats the value."""
     found: dict[str, list[float]] = {}
     for one in scored_rows:
         if column in one.row:
@@ -115,6 +118,6 @@ def by_column(scored_rows: Sequence[ScoredRow], column: str, name: str = "{}") -
 def overall(
     scored_rows: Sequence[ScoredRow], *columns: str, first: str = "overall"
 ) -> list[Metric]:
-    """The mean of all rows, then of each value of some columns."""
+    """The mean score of all rows, then for each value of some columns."""
     total = mean(first, [one.verdict.score for one in scored_rows])
     return [total, *(metric for column in columns for metric in by_column(scored_rows, column))]
