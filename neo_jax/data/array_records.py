@@ -1,6 +1,6 @@
-"""Records as ArrayRecord files: each is the JSON of one, pictures in it as base64.
+"""Records as ArrayRecord files: each entry is the JSON of a record, with its images in base64.
 
-Write them with `group_size:1`, for then one record is read at a time.
+Write them with `group_size:1`: then a single record can be read at a time.
 """
 
 import os
@@ -16,7 +16,7 @@ class ArrayRecords:
         self.name, self._folder = path, os.path.dirname(os.path.abspath(path))
         module = require("array_record.python.array_record_data_source", "array_record", path)
         try:
-            # It opens the file anew in each process.
+            # It reopens the file in each process.
             self._source = module.ArrayRecordDataSource(path)
         except (OSError, ValueError, RuntimeError) as error:
             raise InputError(f"{path}: not an ArrayRecord file, or damaged: {error}") from error

@@ -1,4 +1,4 @@
-"""ChatML: a question, its history and its pictures as one prompt text, as the official `chat`."""
+"""ChatML: a question, its history and its images as one prompt, as the official `chat` does."""
 
 import itertools
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ def chat_prompt(
     system: str = "",
     num_images: int = 0,
 ) -> str:
-    """The prompt, with an <image> mark for each picture.
+    """The prompt, with an <image> mark for each image.
 
-    `<image>` and a line end are put in front of the question when there is a picture, no
-    `history` (None; an empty list counts as one), and no mark.
+    If there are images but no mark in the question, and `history` is None (not merely empty), one
+    `<image>` and a line end go in front of the question.
 
         <|im_start|>user
         <image>
@@ -29,7 +29,7 @@ def chat_prompt(
         <|im_start|>assistant
 
     Raises:
-      InputError: when the marks are not as many as the pictures, or something is not text.
+      InputError: if the numbers of marks and images differ, or a part is not text.
     """
     pairs = [tuple(turn) if isinstance(turn, tuple | list) else turn for turn in history or ()]
     if not all(isinstance(turn, tuple) and len(turn) == 2 for turn in pairs):
@@ -53,10 +53,10 @@ def chat_prompt(
 
 
 def expand_images(prompt: str, grid_hw: np.ndarray) -> str:
-    """Puts `<img>`, a context token per visual token and `</img>` for each mark, in order.
+    """Replaces each mark with `<img>`, a context token per visual token, and `</img>`.
 
     Args:
-      prompt: with as many marks as there are grids.
+      prompt: has a mark for each grid, in the same order.
       grid_hw: [n, 2] patch grids.
     """
     for rows, columns in np.asarray(grid_hw).reshape(-1, 2):
@@ -66,5 +66,5 @@ def expand_images(prompt: str, grid_hw: np.ndarray) -> str:
 
 
 def _turn(role: str, text: str) -> str:
-    # The official template closes only turns that say something.
+    # As the official template: a turn without text is not closed.
     return f"{TURN_START}{role}\n" + (f"{text}{TURN_END}\n" if text else "")

@@ -1,4 +1,4 @@
-"""One document's arrays, and several as a batch of fixed shape."""
+"""The arrays of one document, and a batch of several documents with a fixed shape."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -26,15 +26,15 @@ def make_example(
     grid_hw: np.ndarray,
     tokenizer: NeoTokenizer,
 ) -> Example:
-    """From token ids and row-major patches.
+    """A document from token ids and row-major patches.
 
     Args:
       token_ids: [L] int, with the visual tokens in place.
-      patches: [P, C] of all images, one image after the other.
+      patches: [P, C] of all images, in order.
       grid_hw: [n, 2] patch grids.
 
     Raises:
-      InputError: when tokens, patches and grids do not belong together.
+      InputError: if tokens and grids do not match.
     """
     tokens = np.asarray(token_ids, np.int32)
     thw = thw_positions(tokens, grid_hw, tokenizer.image_start_id, tokenizer.image_context_id)

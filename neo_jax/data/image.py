@@ -1,7 +1,7 @@
-"""A picture to patches: open, make RGB, resize to a pixel budget, cut. numpy and Pillow only.
+"""From an image to patches: open, convert to RGB, resize to a pixel budget, cut.
 
-Follows the official evaluation code to the bit (`tests/golden/images`): no EXIF rotation,
-Pillow's default resize, Python's banker's rounding.
+Bit-equal to the official evaluation code (`tests/golden/images`): no EXIF rotation, Pillow's
+default resize, Python's banker's rounding. Needs only numpy and Pillow.
 """
 
 import io
@@ -19,7 +19,7 @@ ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray
 
 MAX_ASPECT_RATIO = 200
 
-# Of all that Pillow reads: no format whose reader starts another program, as PostScript's does.
+# Not all that Pillow reads: the reader of PostScript, for one, starts another program.
 Image.init()
 FORMATS = tuple(
     name
@@ -40,11 +40,11 @@ def smart_resize(
 ) -> tuple[int, int]:
     """The size (height, width) in pixels to which an image is resized.
 
-    Sides are rounded to multiples of `factor`, then shrunk or grown together until the area is
-    within [min_pixels, max_pixels]; the aspect ratio is kept as well as that allows.
+    Sides are rounded to multiples of `factor`, then scaled together until the area is within
+    [min_pixels, max_pixels]. The aspect ratio is kept as far as the rounding allows.
 
     Raises:
-      InputError: when the aspect ratio is above 200, or a side or a limit is not positive.
+      InputError: if the aspect ratio is above 200, or a side or a limit is not positive.
     """
     if min(height, width, factor) < 1 or not min_pixels <= max_pixels or max_pixels < 1:
         raise InputError(
@@ -69,13 +69,13 @@ def smart_resize(
 
 
 def open_rgb(source: ImageSource, *, flatten: bool = True) -> Image.Image:
-    """An RGB picture from a path, encoded bytes, a Pillow image or an [H, W, 3] uint8 array.
+    """An RGB image from a path, encoded bytes, a Pillow image or an [H, W, 3] uint8 array.
 
-    An RGBA picture with fully transparent pixels is laid on white, if `flatten`; other alpha is
-    dropped.
+    With `flatten`, an RGBA image is composited on white if any pixel is fully transparent and any
+    is not. All other alpha is dropped.
 
     Raises:
-      InputError: naming the file that is missing or that Pillow cannot read.
+      InputError: naming the file, if it is missing or Pillow cannot read it.
     """
     try:
         if isinstance(source, Image.Image):
@@ -85,7 +85,7 @@ def open_rgb(source: ImageSource, *, flatten: bool = True) -> Image.Image:
         elif isinstance(source, bytes):
             image = Image.open(io.BytesIO(source), formats=FORMATS)
         elif os.path.exists(source) and not os.path.isfile(source):
-            raise OSError("not a file")  # a pipe would block for ever
+            raise OSError("not a file")  # reading a pipe would block for ever
         else:
             image = Image.open(source, formats=FORMATS)
         if image.mode == "RGBA" and flatten:
@@ -94,7 +94,7 @@ def open_rgb(source: ImageSource, *, flatten: bool = True) -> Image.Image:
     except FileNotFoundError as error:
         raise InputError(f"image {source}: no such file") from error
     except UnidentifiedImageError as error:
-        raise InputError(f"image {_name(source)}: not a picture that Pillow can read") from error
+        raise InputError(f"image {_name(source)}: not an image that Pillow can read") from error
     except (
         OSError,
         SyntaxError,
@@ -102,7 +102,7 @@ def open_rgb(source: ImageSource, *, flatten: bool = True) -> Image.Image:
         TypeError,
         AttributeError,
         LookupError,
-        RuntimeError,  # what else its decoders raise for damage
+        RuntimeError,  # its decoders raise all of these for damaged files
         Image.DecompressionBombError,
     ) as error:
         raise InputError(f"image {_name(source)}: {error}") from error
@@ -115,9 +115,9 @@ def resized_pixels(
     *,
     upscale: bool = False,
 ) -> np.ndarray:
-    """[H, W, 3] uint8: the picture at the size that `smart_resize` gives.
+    """[H, W, 3] uint8: the image resized as `smart_resize` says.
 
-    `upscale` first doubles both sides bilinearly, as the official MMMU setting does.
+    `upscale` first doubles both sides bilinearly, as the official setting of MMMU does.
     """
     image = open_rgb(source)
     if upscale:
@@ -134,11 +134,11 @@ def resized_pixels(
 
 
 def patchify(pixels_hw3: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts a picture into flattened patches, row-major over the grid.
+    """Cuts an image into flattened patches, row-major over the grid.
 
     Returns:
-      patches [P, 768] in the picture's type, each ordered (channel, y, x), and
-      grid_hw [1, 2] int32, rows and columns of the patch grid.
+      patches [P, 768] in the type of the image, each in the order (channel, y, x); and
+      grid_hw [1, 2] int32, the rows and columns of the patch grid.
     """
     height, width, channels = pixels_hw3.shape
     rows, columns = height // PATCH_SIZE, width // PATCH_SIZE
@@ -148,7 +148,7 @@ def patchify(pixels_hw3: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def normalise(patches_pc: np.ndarray) -> np.ndarray:
-    """uint8 [P, C] -> float32, ImageNet statistics; bit-equal to torchvision's."""
+    """[P, C] uint8 to float32 with ImageNet's mean and deviation; bit-equal to torchvision."""
     mean_c, std_c = (np.repeat(x, patches_pc.shape[-1] // 3) for x in (IMAGE_MEAN, IMAGE_STD))
     return (patches_pc.astype(np.float32) / np.float32(255) - mean_c) / std_c
 
@@ -159,7 +159,7 @@ def preprocess_image(
     max_pixels: int = 4194304,
     upscale: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A picture as the official code hands it to the model.
+    """The model's input for an image, as the official code makes it.
 
     Args:
       image: path, encoded bytes, Pillow image or [H, W, 3] uint8 array.
@@ -177,8 +177,8 @@ def _flattened(image: Image.Image) -> Image.Image:
     alpha = np.asarray(image)[:, :, 3]
     if alpha.all() or not alpha.any():
         return image.convert("RGB")
-    # The official code means to choose black behind bright pictures, but compares the mean of
-    # single values with 382.5, which no byte reaches: the background is always white.
+    # The official code means to put black behind bright images, but it compares a mean of bytes
+    # with 382.5, so its background is always white.
     background = Image.new("RGB", image.size, (255, 255, 255))
     background.paste(image, mask=image.getchannel("A"))
     return background

@@ -1,4 +1,4 @@
-"""Measures every record of a mixture as training would see it: a check before a run."""
+"""Checks a mixture before a run: tokens, patches and errors of every record, as in training."""
 
 import concurrent.futures
 import dataclasses
@@ -20,7 +20,7 @@ BAR = 40  # characters
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Measured:
-    """What a record takes up, or why it cannot be used."""
+    """The size of a record, or the reason why it cannot be used."""
 
     number: int  # in the mixture
     tokens: int = 0
@@ -28,7 +28,7 @@ class Measured:
     images: int = 0  # frames of videos too
     patches: int = 0
     problem: str = ""
-    is_too_long: bool = False  # the problem; no other is wrong with it
+    is_too_long: bool = False  # this is its only problem
 
 
 def measure_records(
@@ -39,11 +39,11 @@ def measure_records(
     most: int | None = None,
     workers: int = 0,
 ) -> tuple[int, Iterator[Measured]]:
-    """How many records are measured, and each one's measures, in order.
+    """The number of records that are measured, and an iterator of their sizes, in order.
 
     Args:
-      most: records to measure, evenly spread over the mixture; None is all of them.
-      workers: processes that measure; 0 is this one.
+      most: how many records to measure, evenly spread over the mixture; None: all.
+      workers: the number of worker processes; 0: measure in this process.
     """
     count = len(mixture) if most is None else min(most, len(mixture))
     numbers = (index * len(mixture) // count for index in range(count))
@@ -52,10 +52,10 @@ def measure_records(
 
 
 def fill_of_rows(measured: Sequence[Measured], limits: Limits, bins: int) -> dict[str, float]:
-    """Rows that good records would fill, and which share of their tokens and patches.
+    """The rows that good records fill, and the share of their tokens and patches in use.
 
-    Packs as training does: `bins` rows at once, each record where it fits best; all are given on
-    as soon as a record fits into none.
+    Packs as training does: into `bins` open rows, each record where it fits best. As soon as a
+    record fits into none of them, all are closed.
     """
     room = np.array([limits.length, limits.num_patches])
     sizes = np.array([(one.tokens, one.patches) for one in measured if not one.problem])
@@ -65,7 +65,7 @@ def fill_of_rows(measured: Sequence[Measured], limits: Limits, bins: int) -> dic
         if not fits.any():
             rows += bins
             used[:], fits[:] = 0, True
-        # grain counts what is taken in all arrays: five of tokens, two of patches.
+        # grain sums the use of all arrays: five of tokens, two of patches.
         used[np.argmax(np.where(fits, used @ (5, 2), -1))] += size
     rows += np.count_nonzero(used.any(axis=1))
     shares = sizes.reshape(-1, 2).sum(axis=0) / np.maximum(rows * room, 1)
@@ -114,7 +114,7 @@ def _measure(mixture: Mixture, tokenizer: NeoTokenizer, limits: Limits, number: 
         arrays = supervised_example(
             mixture[number], tokenizer, limits, np.random.default_rng(number)
         )
-    except Exception as error:  # as in training, whatever damage makes a library raise
+    except Exception as error:  # as in training: damaged files make libraries raise anything
         problem = str(error) or type(error).__name__
         return Measured(number, problem=problem, is_too_long=isinstance(error, TooLong))
     is_image = arrays["is_image"]
@@ -128,26 +128,27 @@ def _measure(mixture: Mixture, tokenizer: NeoTokenizer, limits: Limits, number: 
 
 
 def _in_workers(work, numbers, workers: int) -> Iterator[Measured]:
-    # Started anew: threads of this process would not survive a fork.
+    # Not fork: a child would hold locks of threads that it does not have.
     context = multiprocessing.get_context("spawn")
     try:
         with concurrent.futures.ProcessPoolExecutor(
-            workers, mp_context=context, initializer=_keep, initargs=(work,)
+            workers, mp_context=context, initializer=_set_work, initargs=(work,)
         ) as pool:
-            yield from pool.map(_kept, numbers, chunksize=16)
+            yield from pool.map(_run_work, numbers, chunksize=16)
     except concurrent.futures.BrokenExecutor as error:
         raise InputError(
             "a worker process died, perhaps for memory: use fewer --workers"
         ) from error
 
 
-def _keep(work) -> None:
-    global _kept_work
-    _kept_work = work
+def _set_work(work) -> None:
+    """Keeps the mixture in a worker, so that it is sent only once."""
+    global _work
+    _work = work
 
 
-def _kept(number: int) -> Measured:
-    return _kept_work(number)
+def _run_work(number: int) -> Measured:
+    return _work(number)
 
 
 def _histogram(values: Sequence[int]) -> list[str]:

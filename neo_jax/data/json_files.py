@@ -1,4 +1,4 @@
-"""Records as JSON: one a line, or the elements of an array. Only their places are kept."""
+"""Records as JSON: one a line, or the elements of an array. Only their offsets are in memory."""
 
 import contextlib
 import mmap
@@ -11,7 +11,7 @@ import numpy as np
 from neo_jax.data.record import make_record, parse_json
 from neo_jax.errors import InputError
 
-# Up to the next bracket, or comma: what is between them, strings included, is passed over at once.
+# The text up to and with the next bracket (or comma); it skips strings. Possessive, so linear.
 _BRACKET = rb'[^"{}\[\]]*+(?:"[^"\\]*+(?:\\.[^"\\]*+)*+"[^"{}\[\]]*+)*+[{}\[\]]'
 _TO_BRACKET = re.compile(_BRACKET, re.DOTALL)
 _TO_SEPARATOR = re.compile(_BRACKET.replace(rb"\[\]", rb"\[\],"), re.DOTALL)
@@ -19,7 +19,7 @@ _BLANK = re.compile(rb"(?:\xef\xbb\xbf)?\s*")
 
 
 class JsonLines:
-    """One JSON object a line; blank lines do not count."""
+    """A file with a JSON object on each line. Blank lines are skipped."""
 
     is_ordered = False
 
@@ -81,9 +81,9 @@ class JsonArray:
 
 
 def _separators(text: mmap.mmap) -> array:
-    """Places of the array's opening bracket, of the commas between its elements, and of its end.
+    """Offsets of the array's opening bracket, of the commas between elements, and of its end.
 
-    What is between brackets of an element is checked when it is read: a bad one spoils no others.
+    The text of an element is parsed only when it is read: a bad element spoils no other.
     """
     start = _BLANK.match(text).end()
     if text[start : start + 1] != b"[":

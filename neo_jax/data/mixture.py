@@ -1,10 +1,11 @@
-"""Several sources of records as one, drawn from at given rates.
+"""Mixture: several sources of records, sampled at given rates or weights.
 
-A mixture is written "a.jsonl%50,b.parquet": with %50, half as often as its size asks for. Or with
-weights, "a.jsonl@1,b.parquet@2": b twice as often as a, whatever their sizes. Drawing without end
-gives each source in proportion to its records times its rate; or, if any has a weight, to weights,
-of which the others have 1. A rate says nothing beside weights, so a mixture has one kind.
-A name that has a comma itself cannot be written so.
+    a.jsonl%50,b.parquet      a rate: `a` is sampled half as often as its size asks for
+    a.jsonl@1,b.parquet@2     weights: `b` is sampled twice as often as `a`, whatever their sizes
+
+An endless pass samples each source in proportion to its number of records times its rate. If any
+source has a weight, it samples in proportion to the weights; sources without one have weight 1.
+Rates and weights do not go together. File names cannot contain commas.
 """
 
 import dataclasses
@@ -21,15 +22,15 @@ from neo_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Records, and how often they are drawn."""
+    """Records, and how often they are sampled."""
 
     records: Records
-    rate: float = 1.0  # times the number of its records
-    weight: float | None = None  # instead: its share of all examples, over the sum of weights
+    rate: float = 1.0  # sampled in proportion to rate * number of records
+    weight: float | None = None  # instead of a rate: sampled in proportion to the weight
 
 
 class Mixture:
-    """Numbered records: 0 .. len - 1, source after source."""
+    """The records of all sources under one numbering, 0 .. len - 1, source after source."""
 
     def __init__(self, sources: Sequence[Source]):
         if not sources:
@@ -46,7 +47,11 @@ class Mixture:
 
     @classmethod
     def parse(cls, text: str) -> "Mixture":
-        """Opens what a mixture's text names; InputError says what is wrong with it."""
+        """Opens the files that a mixture's text names.
+
+        Raises:
+          InputError: naming the file or the rate that is wrong.
+        """
         names = [name.strip() for name in text.split(",") if name.strip()]
         return cls([_parse(name) for name in names])
 
@@ -63,7 +68,7 @@ class Mixture:
         return records.where(index)
 
     def numbers(self, seed: int, repeat: bool) -> grain.MapDataset:
-        """The order of records: without end, shuffled in each turn; or all of them once."""
+        """The order of record numbers: endless and shuffled in each epoch, or all of them once."""
         if not repeat:
             return grain.MapDataset.range(len(self))
         parts, shares, first = [], [], 0
@@ -79,7 +84,7 @@ class Mixture:
         return grain.MapDataset.mix(parts, weights=np.array(shares) / sum(shares))
 
     def fingerprint(self) -> str:
-        """A digest of what the mixture is made of: names, sizes, rates."""
+        """A digest of the sources' names, sizes, rates and weights."""
         parts = [(s.records.name, len(s.records), s.rate, s.weight) for s in self.sources]
         return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
 

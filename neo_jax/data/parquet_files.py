@@ -1,7 +1,7 @@
-"""Records as rows of Parquet files, as Hugging Face writes them; read by groups of rows.
+"""Records as rows of Parquet files, as Hugging Face writes them.
 
-A group is read whole for one of its rows. Where records are shuffled, write small groups: 100 rows
-of pictures, as Hugging Face does.
+To read one row, all of its row group is read. Shuffled records want small groups: 100 rows of
+images, as Hugging Face writes.
 """
 
 import functools
@@ -14,7 +14,7 @@ import numpy as np
 from neo_jax.data.record import FIELDS, make_record, require
 from neo_jax.errors import InputError
 
-GROUPS = 8  # that a process keeps
+GROUPS = 8  # row groups in the cache of a process
 _LOCKS = tuple(threading.Lock() for _ in range(16))
 
 
@@ -47,7 +47,7 @@ class ParquetRecords:
         place = int(np.searchsorted(self._ends, index, side="right"))
         part, group = self._groups[place]
         path = self._paths[part]
-        # Threads that want the same group wait for one to read it.
+        # Threads that want the same group wait until one of them has read it.
         with _LOCKS[place % len(_LOCKS)]:
             table = _row_group(path, int(group))
         row = index - int(self._ends[place]) + table.num_rows
@@ -79,7 +79,7 @@ def _group_sizes(path: str) -> list[int]:
 
 @functools.lru_cache(maxsize=GROUPS)
 def _row_group(path: str, group: int):
-    """A pyarrow table of the columns that records have."""
+    """A pyarrow table of a row group, with the columns that records have."""
     try:
         with _parquet(path).ParquetFile(path) as file:
             names = [name for name in FIELDS if name in file.schema_arrow.names]

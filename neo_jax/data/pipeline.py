@@ -1,11 +1,12 @@
-"""From files of records to packed batches on the host: the one place that knows grain.
+"""From files of records to packed batches on the host: the data pipeline, made of grain's parts.
 
     records ──shuffle, repeat──▶ mixture ──this process's share──▶ example ──pack──▶ rows ──▶ batch
 
-Everything before packing is a pure function of a record's number and a seed, so the iterator's
-state is a few numbers, and a resumed run sees the batches an unbroken one would have seen. A record
-that cannot be used becomes an example of no tokens that carries its number: it is packed like any
-other, so no count is lost between processes, and none is counted twice.
+Everything before packing is a pure function of a record's number and a seed. So the state of the
+iterator is a few numbers, and a resumed run gets the same batches as one that was never stopped.
+
+A record that cannot be used becomes an example without tokens that carries the record's number. It
+is packed like any other, so each record is counted exactly once, whichever process reads it.
 """
 
 import dataclasses
@@ -20,8 +21,8 @@ from neo_jax.data.tokenizer import NeoTokenizer
 from neo_jax.errors import InputError
 from neo_jax.model_config import PATCH_CHANNELS
 
-MAX_SKIPPED = 64  # records of a row that could not be used
-BAD, TOO_LONG = 0, 1  # why
+MAX_SKIPPED = 64  # skipped records that a row can carry
+BAD, TOO_LONG = 0, 1  # reasons to skip a record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,15 +30,15 @@ class DataConfig:
     mixture: str = ""  # files: "a.jsonl%50,b.parquet", "a.jsonl@1,b.parquet@2"; data/mixture.py
     length: int = 8192  # tokens of a row
     num_patches: int = 0  # patches of a row; 0: as many as its tokens could need, 4 each
-    rows: int = 8  # of a step, over all hosts and micro-batches
+    rows: int = 8  # of a step, in all hosts and micro-batches together
     min_pixels: int = 65536  # of an image
     max_pixels: int = 16777216  # of an image; n > 1 images get max(2 * max_pixels // n, min) each
     max_frames: int = 128  # of a video
     weights: str = "square"  # of n supervised tokens: 1/sqrt(n); "token": 1; "sample": 1/n
-    too_long: str = "drop"  # examples longer than a row; or "shrink": their images, to fit
-    max_bad_share: float = 0.05  # of records that cannot be used, at which the run stops
-    workers: int = 0  # processes that prepare examples; 0: threads of this one
-    packing_rows: int = 8  # rows that are filled at once: more fill better and need more memory
+    too_long: str = "drop"  # examples longer than a row; or "shrink" their images until they fit
+    max_bad_share: float = 0.05  # the run stops at a larger share of records that cannot be used
+    workers: int = 0  # processes that prepare examples; 0: threads of this process
+    packing_rows: int = 8  # open rows of the packer: more give fuller rows, and need more memory
 
     def limits(self) -> Limits:
         return Limits(
@@ -60,15 +61,15 @@ def batches(
     shard: tuple[int, int] = (0, 1),
     repeat: bool = True,
 ) -> grain.IterDataset:
-    """Packed host batches: the arrays of `batch.py`, and which records they are made of.
+    """Packed host batches: the model's arrays (`batch.py`), and the numbers of their records.
 
-    Besides the model's arrays a batch has `records` [B, n] int64, 1 + the number in the mixture of
-    each document's record, 0 where there is none; and `skipped` [B, m, 2], 1 + the number of a
-    record that could not be used, and why: BAD or TOO_LONG.
+    Two more arrays have 0 where they are padded:
+      records  [B, n] int64     1 + the number in the mixture of each document's record
+      skipped  [B, m, 2] int64  1 + the number of a skipped record, and the reason, BAD or TOO_LONG
 
     Args:
-      shard: (index, count): this process's share (`sharding.data_shard`).
-      repeat: endlessly, shuffled anew each time; else once, in order, and the last batch may have
+      shard: (index, count) of this process's share of the records (`sharding.data_shard`).
+      repeat: endless epochs, each shuffled anew; else one epoch in order, whose last batch may have
         fewer rows.
     """
     index, count = shard
@@ -76,7 +77,7 @@ def batches(
         raise InputError(f"data.rows is {d.rows}: use a multiple of the {count} shares of hosts")
     limits = d.limits()
     numbers = mixture.numbers(seed, repeat)[index::count]
-    make = _Make(mixture, tokenizer, limits)
+    make = _MakeExample(mixture, tokenizer, limits)
     examples = (
         numbers.seed(seed)
         .random_map(make)
@@ -95,13 +96,13 @@ def batches(
     rows = packed.batch(d.rows // count, drop_remainder=repeat)
     if d.workers:
         if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # grain's workers read them
+            flags.FLAGS.mark_as_parsed()  # grain's workers read absl flags
         return rows.mp_prefetch(grain.MultiprocessingOptions(d.workers, per_worker_buffer_size=2))
     return grain.experimental.ThreadPrefetchIterDataset(rows, prefetch_buffer_size=2)
 
 
 def explain(mixture: Mixture, tokenizer: NeoTokenizer, limits: Limits, number: int) -> str:
-    """What is wrong with a record that was skipped: its file, its place there, and the reason."""
+    """The file of a skipped record, its place there, and the reason why it was skipped."""
     try:
         supervised_example(mixture[number], tokenizer, limits, np.random.default_rng(number))
     except Exception as error:
@@ -110,8 +111,8 @@ def explain(mixture: Mixture, tokenizer: NeoTokenizer, limits: Limits, number: i
 
 
 @dataclasses.dataclass
-class _Make:
-    """Number of a record -> its example, or an empty one."""
+class _MakeExample:
+    """Makes the example of a record's number: an empty one if it cannot be used."""
 
     mixture: Mixture
     tokenizer: NeoTokenizer
@@ -121,13 +122,13 @@ class _Make:
         mark = np.array([number + 1], np.int64)
         try:
             arrays = supervised_example(self.mixture[number], self.tokenizer, self.limits, rng)
-        except Exception as error:  # whatever a damaged file makes a library raise
+        except Exception as error:  # damaged files make libraries raise anything
             reason = TOO_LONG if isinstance(error, TooLong) else BAD
-            return _nothing() | {"skipped": np.array([[number + 1, reason]], np.int64)}
+            return _empty() | {"skipped": np.array([[number + 1, reason]], np.int64)}
         return arrays | {"records": mark, "skipped": np.zeros((0, 2), np.int64)}
 
 
-def _nothing() -> dict[str, np.ndarray]:
+def _empty() -> dict[str, np.ndarray]:
     return {
         "tokens": np.zeros(0, np.int32),
         "thw": np.zeros((0, 3), np.int32),
@@ -143,7 +144,7 @@ def _nothing() -> dict[str, np.ndarray]:
 def _lengths(limits: Limits) -> dict[str, int]:
     tokens = dict.fromkeys(("tokens", "thw", "is_image", "targets", "weights"), limits.length)
     patches = dict.fromkeys(("patches", "patch_hw"), limits.num_patches)
-    # A row of more documents is closed before it is full: these would have 4 tokens each.
+    # The number of documents in a row is bounded as well; at 4 tokens each they still fill it.
     return tokens | patches | {"records": -(-limits.length // 4), "skipped": MAX_SKIPPED}
 
 

@@ -1,4 +1,4 @@
-"""Where tokens and patches are: T, H and W of every token, grid place of every patch."""
+"""Positions: T, H and W of every token, row and column of every patch."""
 
 import numpy as np
 
@@ -8,10 +8,10 @@ from neo_jax.errors import InputError
 def thw_positions(
     token_ids: np.ndarray, grid_hw: np.ndarray, image_start_id: int, image_context_id: int
 ) -> np.ndarray:
-    """[L, 3] int32 positions of one document on the T, H and W axes.
+    """[L, 3] int32: the positions of one document's tokens on the T, H and W axes.
 
-    T counts tokens, but all visual tokens of an image share one T. H and W are row and column
-    on the image's 32-pixel grid, and 0 for everything else.
+    T counts tokens, but all visual tokens of an image share one T. H and W are the row and column
+    in the image's grid of 32 x 32 pixels; text tokens have 0.
 
         token   a  <img>  i  i  i  i  </img>  b      (an image of 2 x 2 visual tokens)
         T       0    1    2  2  2  2    3     4
@@ -24,7 +24,7 @@ def thw_positions(
       image_start_id, image_context_id: of <img> and <IMG_CONTEXT>.
 
     Raises:
-      InputError: when visual tokens and grids do not match, or a run of visual tokens does not
+      InputError: if visual tokens and grids do not match, or a run of visual tokens does not
         follow <img>.
     """
     token_ids, grid_hw = np.asarray(token_ids), np.asarray(grid_hw).reshape(-1, 2)
@@ -42,10 +42,10 @@ def thw_positions(
     wanted = (grid_hw // 2).prod(axis=1).tolist()
     if found != wanted:
         raise InputError(
-            f"the tokens have images of {found} visual tokens, the pictures are of {wanted}"
+            f"the tokens have images of {found} visual tokens, the images given have {wanted}"
         )
     thw = np.zeros((len(token_ids), 3), np.int32)
-    # As the official code: after a literal <img> in text, T jumps by 2.
+    # As the official code: T also jumps by 2 after a literal <img> in text.
     thw[:, 0] = np.cumsum(~is_image + after_start.astype(np.int32)) - 1
     if len(grid_hw):
         places = [np.indices(hw // 2).reshape(2, -1).T for hw in grid_hw]
@@ -54,14 +54,14 @@ def thw_positions(
 
 
 def block_order(grid_hw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Row-major patches to 2x2 blocks: the four patches of a visual token become neighbours.
+    """The order that puts the four patches of a visual token side by side, as a 2 x 2 block.
 
     Args:
-      grid_hw: [n, 2] patch grids of n images whose patches follow one another.
+      grid_hw: [n, 2] patch grids of n images whose row-major patches are concatenated.
 
     Returns:
-      order [P] int: `patches[order]` is in block order; and hw [P, 2] int32, row and column of
-      each of those on its image's patch grid.
+      order [P] int: `patches[order]` is in block order; and hw [P, 2] int32, the row and column of
+      each of these patches in its image's patch grid.
     """
     order, places, first = [np.zeros(0, np.int64)], [np.zeros((0, 2), np.int32)], 0
     for rows, columns in np.asarray(grid_hw).reshape(-1, 2):

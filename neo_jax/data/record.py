@@ -1,4 +1,4 @@
-"""One record as every kind of file gives it: pictures are absolute paths or encoded bytes."""
+"""A record in the form that all file formats share: its images are absolute paths or bytes."""
 
 import base64
 import importlib
@@ -9,8 +9,8 @@ from types import ModuleType
 
 from neo_jax.errors import InputError
 
-PICTURES = ("image", "images", "video")
-FIELDS = ("conversations", *PICTURES)
+MEDIA_FIELDS = ("image", "images", "video")
+FIELDS = ("conversations", *MEDIA_FIELDS)
 
 
 def parse_json(raw: str | bytes):
@@ -21,16 +21,16 @@ def parse_json(raw: str | bytes):
 
 
 def make_record(fields, folder: str) -> dict:
-    """The record of what a file holds.
+    """The record of the fields that a file has.
 
     Args:
-      fields: `conversations` may be the text of its JSON, or its columns, {"from": [...],
-        "value": [...]}; a picture a path, bytes, or {"bytes": bytes or base64, "path": a path}.
-      folder: where relative paths start.
+      fields: `conversations` may also be JSON text, or columns, {"from": [...], "value": [...]}.
+        An image is a path, bytes, or {"bytes": bytes or base64, "path": a path}.
+      folder: of relative paths.
 
     Raises:
-      InputError: for a picture of any other type, or what is no mapping. Types of turns are not
-        looked at here.
+      InputError: if `fields` is no mapping, or for an image of another type. Turns are not checked
+        here.
     """
     if not isinstance(fields, Mapping):
         raise InputError(f"a record is a JSON object, not {type(fields).__name__}")
@@ -40,17 +40,17 @@ def make_record(fields, folder: str) -> dict:
         turns = parse_json(turns)
     if isinstance(turns, Mapping) and all(isinstance(column, list) for column in turns.values()):
         turns = _rows(turns)
-    for name in PICTURES:
+    for name in MEDIA_FIELDS:
         value = record.get(name)
         if isinstance(value, list | tuple):
-            record[name] = [_picture(name, one, folder) for one in value]
+            record[name] = [_image(name, one, folder) for one in value]
         elif value is not None:
-            record[name] = _picture(name, value, folder)
+            record[name] = _image(name, value, folder)
     return record | {"conversations": turns}
 
 
 def require(module: str, package: str, path: str) -> ModuleType:
-    """Imports what only one kind of file needs, or says which package has it."""
+    """Imports a module that only some files need; InputError names the missing package."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -64,14 +64,14 @@ def _rows(columns: Mapping[str, list]) -> list[dict]:
         raise InputError("conversations: its columns differ in length") from error
 
 
-def _picture(name: str, value, folder: str) -> str | bytes:
+def _image(name: str, value, folder: str) -> str | bytes:
     if isinstance(value, Mapping):
         raw = value.get("bytes")
-        # Hugging Face writes both, of which one may be null.
+        # Hugging Face writes both; either may be null.
         value = _decoded(name, raw) if isinstance(raw, str) else raw or value.get("path")
     if isinstance(value, bytes):
         return value
-    if isinstance(value, str) and value and "\0" not in value:  # where libraries cut it off
+    if isinstance(value, str) and value and "\0" not in value:  # C libraries end a path at \0
         return os.path.join(folder, value)
     raise InputError(f"{name}: use a path or encoded bytes, not {value!r:.40}")
 

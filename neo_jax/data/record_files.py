@@ -1,4 +1,4 @@
-"""Files of training records, read at random: nothing but places is kept in memory."""
+"""Files of training records with random access: only offsets are kept in memory."""
 
 import os
 from typing import Protocol
@@ -10,7 +10,7 @@ from neo_jax.data.synthetic_records import ShapeRecords
 from neo_jax.data.tfds_records import SCHEME, TfdsRecords
 from neo_jax.errors import InputError
 
-DRAWN = "shapes:"
+SYNTHETIC = "shapes:"
 KINDS = {
     ".jsonl": JsonLines,
     ".json": JsonArray,
@@ -21,32 +21,32 @@ KINDS = {
 
 
 class Records(Protocol):
-    """Records by index. Instances go to worker processes, so they are cheap to pickle."""
+    """Records by index. Instances are sent to worker processes, so they are cheap to pickle."""
 
-    name: str  # the file
-    is_ordered: bool  # to be seen in this order, not shuffled
+    name: str  # of the file
+    is_ordered: bool  # a curriculum, which is not shuffled
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict:
-        """The record as `make_record` gives it; InputError, of which `where` is the place."""
+        """The record, as `make_record` gives it; InputError says why it cannot be read."""
 
     def where(self, index: int) -> str:
-        """The record's file and place there: `a.jsonl:17`, a line; `a.json[16]`, an index."""
+        """The file and place of a record: `a.jsonl:17` is a line, `a.json[16]` an index."""
 
 
 def open_records(path: str) -> Records:
-    """The records of a file, by the ending of its name, or of a folder of .parquet files.
+    """Opens a file of records by its suffix, or a folder of .parquet files.
 
-    `tfds:NAME/CONFIG:SPLIT?data_dir=DIR` is a prepared data set of tensorflow-datasets,
-    `shapes:...` are drawn pictures (`synthetic_records.py`).
+    `tfds:NAME/CONFIG:SPLIT?data_dir=DIR` is a prepared data set of tensorflow-datasets;
+    `shapes:...` are synthetic images (`synthetic_records.py`).
 
     Raises:
-      InputError: naming the file, and the place in it, that cannot be read.
+      InputError: naming the file that cannot be read, and the place in it.
     """
     if path.startswith(SCHEME):
         records = TfdsRecords(path)
-    elif path.startswith(DRAWN):
+    elif path.startswith(SYNTHETIC):
         records = ShapeRecords(path)
     elif os.path.isdir(path):
         records = ParquetRecords(path)
@@ -57,7 +57,7 @@ def open_records(path: str) -> Records:
             raise InputError(f"{path}: not a file of records: use {known} or {SCHEME}NAME")
         if not os.path.exists(path):
             raise InputError(f"{path}: no such file")
-        if not os.path.isfile(path):  # a pipe cannot be read at random
+        if not os.path.isfile(path):  # a pipe has no random access
             raise InputError(f"{path}: not a file")
         records = kind(path)
     if not len(records):

@@ -1,13 +1,13 @@
-"""A training record to one document: tokens, next-token targets with their weights, patches.
+"""From a training record to one document: tokens, next-token targets, loss weights, patches.
 
-A record is what LLaVA and the official training kit use:
+A record has the form of LLaVA and the official training kit:
 
     {"image": "a.jpg",                     or "images": [...], or "video": a file, folder or list
      "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
                        {"from": "gpt", "value": "A boat."}]}
 
-Only what the assistant says is learnt: its text, <|im_end|> and the newline after it. The pieces of
-a turn are tokenised separately, as the official code does.
+Only the assistant's turns have a loss: their text, <|im_end|> and the newline after it. The parts
+of a turn are tokenised separately, as the official code does.
 """
 
 import dataclasses
@@ -31,12 +31,12 @@ WEIGHTS = {"square": lambda n: n**-0.5, "token": lambda n: 1.0, "sample": lambda
 
 
 class TooLong(InputError):
-    """A record that is right, but has more tokens or patches than a row."""
+    """A good record that has more tokens or patches than a row."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a document may be."""
+    """The limits of a document, and how its tokens are weighted."""
 
     length: int  # tokens
     num_patches: int
@@ -44,7 +44,7 @@ class Limits:
     max_pixels: int = 16777216  # of one image; n > 1 images get max(2 * max_pixels // n, min) each
     max_frames: int = 128  # of a video
     weights: str = "square"  # of each of n supervised tokens, see WEIGHTS
-    too_long: str = "drop"  # or "shrink": images are made smaller until the document fits
+    too_long: str = "drop"  # or "shrink": resize images until the document fits
 
     def __post_init__(self):
         if self.weights not in WEIGHTS or self.too_long not in ("drop", "shrink"):
@@ -58,7 +58,7 @@ class Limits:
 class _Turn:
     role: str
     text: str
-    has_loss: bool
+    has_loss: bool  # its tokens are targets
 
 
 def supervised_example(
@@ -67,34 +67,34 @@ def supervised_example(
     """The document of a record: arrays as in `batch.py`, without the batch dimension.
 
     Args:
-      record: as above; a picture is a path, encoded bytes, a Pillow image or an array.
-      rng: draws the rate at which frames of a video are taken, U(1, min(4, the video's)).
+      record: as above; an image is a path, encoded bytes, a Pillow image or an array.
+      rng: samples the frames per second of a video, from U(1, min(4, its frame rate)).
 
     Raises:
-      TooLong: when it does not fit.
-      InputError: for anything else that is wrong with the record.
+      TooLong: if the document does not fit.
+      InputError: for any other problem of the record.
     """
-    turns, pictures = _turns(record), _listed(record)
+    turns, images = _turns(record), _listed(record)
     if record.get("video") is not None:
-        if pictures:
+        if images:
             raise InputError("has images and a video: give one of them")
-        turns, pictures = _with_video(turns, record["video"], limits, rng)
-    turns = _with_mark(turns, len(pictures))
+        turns, images = _with_video(turns, record["video"], limits, rng)
+    turns = _with_image_mark(turns, len(images))
     marks = sum(turn.text.count(IMAGE_MARK) for turn in turns)
-    if marks != len(pictures):
-        raise InputError(f"has {marks} {IMAGE_MARK} marks for {len(pictures)} images")
-    # Training drops alpha; only the evaluation lays pictures on white.
-    pictures = [open_rgb(picture, flatten=False) for picture in pictures]
+    if marks != len(images):
+        raise InputError(f"has {marks} {IMAGE_MARK} marks for {len(images)} images")
+    # Training drops alpha; only the evaluation composites images on white.
+    images = [open_rgb(image, flatten=False) for image in images]
     high = limits.max_pixels
-    if len(pictures) > 1:
-        high = max(2 * high // len(pictures), limits.min_pixels)
-    grid_hw = _grids(pictures, limits.min_pixels, high)
+    if len(images) > 1:
+        high = max(2 * high // len(images), limits.min_pixels)
+    grid_hw = _grids(images, limits.min_pixels, high)
     tokens, has_loss = _tokenised(turns, grid_hw, tokenizer)
-    if not _fits(tokens, grid_hw, limits) and limits.too_long == "shrink" and pictures:
+    if not _fits(tokens, grid_hw, limits) and limits.too_long == "shrink" and images:
         text = len(tokens) - int(grid_hw.prod(axis=1).sum()) // 4
-        room = min(limits.length - text, limits.num_patches // 4) // len(pictures)
+        room = min(limits.length - text, limits.num_patches // 4) // len(images)
         high = max(room, 1) * TOKEN_PIXELS
-        grid_hw = _grids(pictures, min(limits.min_pixels, high), high)
+        grid_hw = _grids(images, min(limits.min_pixels, high), high)
         tokens, has_loss = _tokenised(turns, grid_hw, tokenizer)
     if not _fits(tokens, grid_hw, limits):
         raise TooLong(
@@ -102,9 +102,9 @@ def supervised_example(
             f"{limits.length} and {limits.num_patches}"
         )
     patches = [np.zeros((0, PATCH_CHANNELS), np.uint8)]
-    for picture, (rows, columns) in zip(pictures, grid_hw, strict=True):
+    for image, (rows, columns) in zip(images, grid_hw, strict=True):
         size = (int(columns) * PATCH_SIZE, int(rows) * PATCH_SIZE)
-        patches.append(patchify(np.asarray(picture.resize(size)))[0])
+        patches.append(patchify(np.asarray(image.resize(size)))[0])
     example = make_example(tokens, np.concatenate(patches), grid_hw, tokenizer)
     return vars(example) | _targets(example.tokens, has_loss, limits.weights)
 
@@ -127,17 +127,17 @@ def _turns(record: Mapping) -> list[_Turn]:
 
 
 def _listed(record: Mapping) -> list:
-    """The record's pictures, `image` before `images`, which may be one or a list."""
+    """The record's images: `image`, or else `images`; each may be one image or a list."""
     for name in ("image", "images"):
         if (found := record.get(name)) is not None:
             return list(found) if isinstance(found, list | tuple) else [found]
     return []
 
 
-def _with_mark(turns: Sequence[_Turn], num_pictures: int) -> list[_Turn]:
-    """As officially, a single picture needs no mark: it goes in front of the first question."""
+def _with_image_mark(turns: Sequence[_Turn], num_images: int) -> list[_Turn]:
+    """The turns with the mark of a single image, which is optional, before the first question."""
     first = next((i for i, turn in enumerate(turns) if turn.role == "user"), None)
-    if num_pictures != 1 or first is None or any(IMAGE_MARK in turn.text for turn in turns):
+    if num_images != 1 or first is None or any(IMAGE_MARK in turn.text for turn in turns):
         return list(turns)
     asked = dataclasses.replace(turns[first], text=f"{IMAGE_MARK}\n{turns[first].text}")
     return [*turns[:first], asked, *turns[first + 1 :]]
@@ -146,7 +146,7 @@ def _with_mark(turns: Sequence[_Turn], num_pictures: int) -> list[_Turn]:
 def _with_video(
     turns: Sequence[_Turn], source, limits: Limits, rng: np.random.Generator
 ) -> tuple[list[_Turn], list[Image.Image]]:
-    """Frames, and their marks and times in front of the first question instead of its mark."""
+    """The video's frames, and the turns with the frames' marks and times before the question."""
     place = rng.random()
     video = load_video(
         source,
@@ -166,8 +166,8 @@ def _with_video(
     return [*turns[:first], asked, *turns[first + 1 :]], list(video.frames)
 
 
-def _grids(pictures: Sequence[Image.Image], low: int, high: int) -> np.ndarray:
-    sizes = [smart_resize(p.height, p.width, IMAGE_FACTOR, low, high) for p in pictures]
+def _grids(images: Sequence[Image.Image], low: int, high: int) -> np.ndarray:
+    sizes = [smart_resize(p.height, p.width, IMAGE_FACTOR, low, high) for p in images]
     return np.array(sizes, np.int32).reshape(-1, 2) // PATCH_SIZE
 
 
@@ -178,7 +178,7 @@ def _fits(tokens: Sequence[int], grid_hw: np.ndarray, limits: Limits) -> bool:
 def _tokenised(
     turns: Sequence[_Turn], grid_hw: np.ndarray, tokenizer: NeoTokenizer
 ) -> tuple[list[int], list[bool]]:
-    """Ids of the conversation, and which of them are supervised."""
+    """Token ids of the conversation, and for each whether it has a loss."""
     tokens, has_loss, used = [], [], 0
     for turn in turns:
         count = turn.text.count(IMAGE_MARK)
@@ -186,18 +186,18 @@ def _tokenised(
         used += count
         opening = f"{TURN_START}{turn.role}\n"
         pieces = [(opening, False), (text, True)] if turn.has_loss else [(opening + text, False)]
-        for piece, learn in pieces:
+        for piece, is_target in pieces:
             ids = tokenizer.encode(piece)
             tokens += ids
-            has_loss += [learn] * len(ids)
+            has_loss += [is_target] * len(ids)
     return tokens, has_loss
 
 
 def _targets(tokens: np.ndarray, has_loss: Sequence[bool], weights: str) -> dict[str, np.ndarray]:
-    """Shifted once: a token's target is the next one. The last predicts nothing."""
-    learnt = np.append(np.array(has_loss[1:], bool), False)
-    each = np.float32(WEIGHTS[weights](sum(has_loss)))
+    """Targets and weights, shifted by one: the target of a token is the next token."""
+    is_weighted = np.append(np.array(has_loss[1:], bool), False)  # the last token predicts nothing
+    weight = np.float32(WEIGHTS[weights](sum(has_loss)))
     return {
         "targets": np.append(tokens[1:], 0).astype(np.int32),
-        "weights": np.where(learnt, each, np.float32(0)),
+        "weights": np.where(is_weighted, weight, np.float32(0)),
     }

@@ -1,19 +1,19 @@
-"""Pictures that are drawn here, with questions about them: something to learn without any download.
+"""Synthetic images with questions about them: a data set that needs no download.
 
-A record is drawn from its number alone, so there are as many as anyone wants, the same each time.
-Layouts (what is where, in which colour and size) are divided by a hash: no layout that is held out
-is ever trained on.
+A record is a function of its number, so a source is endless and always the same. A layout is the
+shapes, places, colours and sizes in an image. A hash of the layout decides whether it is held out:
+no held-out layout is ever trained on.
 
-    kind       picture                        question                          answers
-    caption    one thing                      What is in the picture?           a red star, top left
-    colour     one thing                      What colour is it?                6 colours
-    shape      one thing                      What shape is it?                 5 shapes
-    place      one thing                      Where is it?                      9 places
+    kind       image                          question                          answers
+    caption    one object                     What is in the picture?           a red star, top left
+    colour     one object                     What colour is it?                6 colours
+    shape      one object                     What shape is it?                 5 shapes
+    place      one object                     Where is it?                      9 places
     digit      a digit                        Which digit is it?                10 digits
-    count      1 to 6 equal things            How many things are there?        6 numbers
-    binding    two things                     What colour is the star?          6 colours
-    relation   two things                     Where is the star, seen from ...  4 directions
-    change     two pictures                   What changed?                     4 answers
+    count      1 to 6 equal objects           How many things are there?        6 numbers
+    binding    two objects                    What colour is the star?          6 colours
+    relation   two objects                    Where is the star, seen from ...  4 directions
+    change     two images                     What changed?                     4 answers
     motion     a video of four frames         Which way does it move?           4 directions
 """
 
@@ -43,8 +43,8 @@ SHAPES = ("ring", "square", "triangle", "star", "cross")
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
 WAYS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 SEEN_FROM = {"left": "left", "right": "right", "up": "above", "down": "below"}
-SIDE, FRAME_SIDE = 96, 64  # pixels of a picture, and of a frame of a video
-CELL = SIDE // 3  # pictures are laid out on a 3 x 3 grid of visual tokens, not quite exactly
+SIDE, FRAME_SIDE = 96, 64  # pixels of an image, and of a frame of a video
+CELL = SIDE // 3  # objects are near the centres of a 3 x 3 grid, whose cells are visual tokens
 
 
 class Thing(NamedTuple):
@@ -61,16 +61,16 @@ class Question(NamedTuple):
     answer: str
 
 
-class Drawn(NamedTuple):
-    """Pictures and what can be asked about them."""
+class SyntheticRecord(NamedTuple):
+    """Images, or the frames of a video, and questions about them with their answers."""
 
-    pictures: list[Image.Image]
+    images: list[Image.Image]
     questions: list[Question]
     is_video: bool = False
 
 
-def draw_record(kind: str, seed: int, number: int, is_held_out: bool) -> Drawn:
-    """The picture of a kind with this number, of the layouts that are held out or of the others."""
+def generate_record(kind: str, seed: int, number: int, is_held_out: bool) -> SyntheticRecord:
+    """The record of this kind and number, from the held-out or from the training layouts."""
     for attempt in range(1000):
         rng = np.random.default_rng((seed, number, attempt))
         layout, make = _LAYOUTS[kind](rng)
@@ -81,7 +81,7 @@ def draw_record(kind: str, seed: int, number: int, is_held_out: bool) -> Drawn:
 
 
 def kinds() -> list[str]:
-    """Of pictures; "one" has questions of four kinds."""
+    """Kinds of records. "one" has questions of the first four kinds in the table above."""
     return list(_LAYOUTS)
 
 
@@ -97,7 +97,7 @@ def _one(rng):
         Question("place", "Where is it?", place),
         Question("caption", "What is in the picture?", caption),
     ]
-    return (thing, background), lambda: Drawn([_picture([thing], background)], questions)
+    return (thing, background), lambda: SyntheticRecord([_draw([thing], background)], questions)
 
 
 def _digit(rng):
@@ -106,11 +106,13 @@ def _digit(rng):
     background = _background(rng)
 
     def make():
-        picture = Image.new("RGB", (SIDE, SIDE), background)
+        image = Image.new("RGB", (SIDE, SIDE), background)
         font = ImageFont.load_default(size)
-        ImageDraw.Draw(picture).text((x, y), str(digit), COLOURS[colour], font, anchor="mm")
+        ImageDraw.Draw(image).text((x, y), str(digit), COLOURS[colour], font, anchor="mm")
         question = Question("digit", "Which digit is it?", str(digit))
-        return Drawn([picture], [question, Question("colour", "What colour is it?", colour)])
+        return SyntheticRecord(
+            [image], [question, Question("colour", "What colour is it?", colour)]
+        )
 
     return (digit, colour, size, x, y, background), make
 
@@ -124,7 +126,7 @@ def _count(rng):
         Question("count", "How many things are there?", str(number)),
         Question("colour", "What colour are they?", colour),
     ]
-    return (things, background), lambda: Drawn([_picture(things, background)], questions)
+    return (things, background), lambda: SyntheticRecord([_draw(things, background)], questions)
 
 
 def _two(rng):
@@ -147,7 +149,7 @@ def _two(rng):
         Question("binding", f"What colour is the {second}?", colours[1]),
         Question("relation", f"Where is the {second}, seen from the {first}?", SEEN_FROM[back]),
     ]
-    return (things, background), lambda: Drawn([_picture(things, background)], questions)
+    return (things, background), lambda: SyntheticRecord([_draw(things, background)], questions)
 
 
 def _change(rng):
@@ -164,8 +166,8 @@ def _change(rng):
         after = _in_cell(rng, before.shape, before.colour, *divmod(other, 3))
 
     def make():
-        pictures = [_picture([thing], background) for thing in (before, after)]
-        return Drawn(pictures, [Question("change", "What changed?", what)])
+        images = [_draw([thing], background) for thing in (before, after)]
+        return SyntheticRecord(images, [Question("change", "What changed?", what)])
 
     return (before, after, background), make
 
@@ -181,8 +183,10 @@ def _motion(rng):
     ]
 
     def make():
-        pictures = [_picture([thing], background, FRAME_SIDE) for thing in frames]
-        return Drawn(pictures, [Question("motion", "Which way does it move?", way)], is_video=True)
+        images = [_draw([thing], background, FRAME_SIDE) for thing in frames]
+        return SyntheticRecord(
+            images, [Question("motion", "Which way does it move?", way)], is_video=True
+        )
 
     return (frames, background), make
 
@@ -210,14 +214,14 @@ def _background(rng) -> tuple[int, int, int]:
 
 
 def _in_cell(rng, shape: str, colour: str, row: int, column: int) -> Thing:
-    """Near the middle of a cell."""
+    """A thing near the centre of a cell."""
     x, y = (int(v) for v in np.array((column, row)) * CELL + CELL // 2 + rng.integers(-2, 3, 2))
     return Thing(shape, colour, x, y, int(rng.integers(12, 16)))
 
 
-def _picture(things: list[Thing], background, side: int = SIDE) -> Image.Image:
-    picture = Image.new("RGB", (side, side), background)
-    pen = ImageDraw.Draw(picture)
+def _draw(things: list[Thing], background, side: int = SIDE) -> Image.Image:
+    image = Image.new("RGB", (side, side), background)
+    pen = ImageDraw.Draw(image)
     for thing in things:
         x, y, r, fill = thing.x, thing.y, thing.radius, COLOURS[thing.colour]
         if thing.shape == "ring":
@@ -227,7 +231,7 @@ def _picture(things: list[Thing], background, side: int = SIDE) -> Image.Image:
             pen.rectangle((x - r // 3, y - r, x + r // 3, y + r), fill)
         else:
             pen.polygon([(x + r * px, y + r * py) for px, py in _CORNERS[thing.shape]], fill)
-    return picture
+    return image
 
 
 def _star() -> list[tuple[float, float]]:
@@ -245,7 +249,7 @@ _CORNERS = {
 
 @functools.cache
 def tokenizer() -> NeoTokenizer:
-    """A byte-level BPE like Qwen's, small, that has a token for each word used here."""
+    """A small byte-level BPE like Qwen's, with a token for each word of the questions."""
     made = Tokenizer(models.BPE())
     made.normalizer = normalizers.NFC()
     made.pre_tokenizer = pre_tokenizers.Sequence(
@@ -263,8 +267,8 @@ def tokenizer() -> NeoTokenizer:
     texts = []
     for kind in _LAYOUTS:
         for number in range(200):
-            drawn = draw_record(kind, 0, number, is_held_out=False)
-            texts += [f"user\n{q.text}\nassistant\n{q.answer}" for q in drawn.questions]
+            record = generate_record(kind, 0, number, is_held_out=False)
+            texts += [f"user\n{q.text}\nassistant\n{q.answer}" for q in record.questions]
     header = "The time range of this video is [00:00-00:04], and the following is a series of 4 "
     texts += [header + "frames sampled at 1.0 FPS.\n[00:01.00]:\n"] * 20
     made.train_from_iterator(texts, trainer)

@@ -1,4 +1,4 @@
-"""Drawn pictures (`data/synthetic.py`) as training records, easy ones first."""
+"""Synthetic images (`data/synthetic.py`) as training records, in the order of a curriculum."""
 
 from collections.abc import Mapping
 
@@ -8,8 +8,9 @@ from PIL import Image
 from neo_jax.data import synthetic
 from neo_jax.errors import InputError
 
-# How many records, and in which shares their kinds come; the last goes on without end. Things alone
-# come first: what binds a colour to one of two things is learnt only after colours and shapes are.
+# The phases of each curriculum: the number of records and the shares of their kinds. The last one
+# is endless. Single objects come first: a model learns to bind a colour to one of two objects only
+# after it knows colours and shapes.
 CURRICULA: Mapping[str, tuple[tuple[int, Mapping[str, float]], ...]] = {
     "short": (
         (8_000, {"one": 8, "digit": 1, "count": 1}),
@@ -22,12 +23,14 @@ CURRICULA: Mapping[str, tuple[tuple[int, Mapping[str, float]], ...]] = {
     ),
 }
 HELD_OUT = "held-out"
-BLANK_SHARE = 1 / 8  # of pictures left empty, so that a model learns what to say when it is blind
+BLANK_SHARE = 1 / 8  # of records with blank images: without an image the model learns to guess
 
 
 class ShapeRecords:
-    """`shapes:short`, `shapes:long`: the records of a curriculum; `shapes:held-out`: of no layout
-    that those have."""
+    """The records of `shapes:short` or `shapes:long`, two curricula, or of `shapes:held-out`.
+
+    The curricula have no held-out layout.
+    """
 
     is_ordered = True
 
@@ -48,18 +51,18 @@ class ShapeRecords:
         shares = self._shares(index)
         weights = np.array(list(shares.values())) / sum(shares.values())
         kind = list(shares)[rng.choice(len(shares), p=weights)]
-        drawn = synthetic.draw_record(kind, 1, index, self._is_held_out)
+        record = synthetic.generate_record(kind, 1, index, self._is_held_out)
         is_blank = rng.random() < BLANK_SHARE and not self._is_held_out
-        pictures = [blank(picture) for picture in drawn.pictures] if is_blank else drawn.pictures
+        images = [blank(image) for image in record.images] if is_blank else record.images
         turns = []
-        for place in rng.permutation(len(drawn.questions)):
-            question = drawn.questions[place]
+        for place in rng.permutation(len(record.questions)):
+            question = record.questions[place]
             turns.append({"from": "human", "value": question.text})
             turns.append({"from": "gpt", "value": question.answer})
-        if drawn.is_video:
-            return {"video": pictures, "conversations": turns}
-        turns[0]["value"] = "<image>" * len(pictures) + "\n" + turns[0]["value"]
-        return {"images": pictures, "conversations": turns}
+        if record.is_video:
+            return {"video": images, "conversations": turns}
+        turns[0]["value"] = "<image>" * len(images) + "\n" + turns[0]["value"]
+        return {"images": images, "conversations": turns}
 
     def where(self, index: int) -> str:
         return f"{self.name}, number {index}"
@@ -72,6 +75,6 @@ class ShapeRecords:
         return self._phases[-1][1]
 
 
-def blank(picture: Image.Image) -> Image.Image:
-    """What a blind model sees of it: nothing but its size."""
-    return Image.new("RGB", picture.size, (128, 128, 128))
+def blank(image: Image.Image) -> Image.Image:
+    """A grey image of the same size."""
+    return Image.new("RGB", image.size, (128, 128, 128))

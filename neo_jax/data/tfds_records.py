@@ -1,12 +1,12 @@
 """Records from a data set that tensorflow-datasets has prepared, read without TensorFlow.
 
 `tfds:NAME/CONFIG:SPLIT?data_dir=DIR`: config, split (train) and folder (~/tensorflow_datasets) have
-defaults; a version may follow the config, as in `tfds:NAME:1.0.0:train`. Nothing is downloaded or
+defaults. A version may follow the config, as in `tfds:NAME:1.0.0:train`. Nothing is downloaded or
 prepared, and no code of the data set runs. Its files must be ArrayRecord, for random access.
 
-Features are those of a record: `conversations`, a Sequence of {"from", "value"} or a text of JSON;
-`image` or `images`, of which the encoded bytes are taken as they are. Or else `question`, and
-`answer` or `answers`, of which the most frequent is learnt.
+Its features are those of a record: `conversations`, a Sequence of {"from", "value"} or JSON text;
+`image` or `images`, whose encoded bytes are taken as they are. In place of `conversations` it may
+have `question`, and `answer` or `answers`; the most frequent answer becomes the assistant's turn.
 """
 
 import collections
@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Mapping
 
-from neo_jax.data.record import FIELDS, PICTURES, make_record, require
+from neo_jax.data.record import FIELDS, MEDIA_FIELDS, make_record, require
 from neo_jax.errors import InputError
 
 SCHEME = "tfds:"
@@ -53,7 +53,7 @@ class TfdsRecords:
         _, source = _open(*self._source)
         try:
             fields = source[index]
-        except Exception as error:  # damage makes many libraries below raise
+        except Exception as error:  # damaged files make libraries raise anything
             raise InputError(f"cannot be read: {error}") from error
         fields = {name: _plain(value, name) for name, value in fields.items() if name in _READ}
         if "conversations" not in fields:
@@ -66,7 +66,7 @@ class TfdsRecords:
 
 @functools.cache
 def _open(name: str, split: str, folder: str | None):
-    """Names of the features, and the source; once per process."""
+    """The names of the features, and the data source. Opened once per process."""
     tfds = require("tensorflow_datasets", "tensorflow-datasets and importlib_resources", name)
 
     class Encoded(tfds.decode.SkipDecoding):
@@ -76,14 +76,14 @@ def _open(name: str, split: str, folder: str | None):
     try:
         builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=folder)
         features = set(builder.info.features)
-        encoded = {key: Encoded() for key in PICTURES if key in features}
+        encoded = {key: Encoded() for key in MEDIA_FIELDS if key in features}
         return features, builder.as_data_source(split=split, decoders=encoded)
     except Exception as error:  # assertions, too
         raise InputError(str(error).split("\n")[0]) from error
 
 
 def _plain(value, name: str):
-    """What numpy and bytes stand for: a picture's bytes stay, others are text."""
+    """The value as Python's own types. Bytes become text, except those of images."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, Mapping):
@@ -101,6 +101,6 @@ def _plain(value, name: str):
 def _conversation(fields: Mapping) -> list[dict]:
     answers = fields.get("answers") or [fields.get("answer")]
     answers = answers if isinstance(answers, list) else [answers]
-    # Of equals, the first.
+    # Of equally frequent answers, the first.
     ((answer, _),) = collections.Counter(answers).most_common(1)
     return [{"from": "human", "value": fields["question"]}, {"from": "gpt", "value": answer}]

@@ -1,7 +1,7 @@
 """The checkpoint's tokenizer: Qwen2's byte-level BPE with NEO's tokens after it.
 
-Read from `tokenizer.json`, or built from the slow files (`vocab.json`, `merges.txt`,
-`added_tokens.json` and the two configs) when that is all there is. Same ids either way.
+It is read from `tokenizer.json`, or else built from the files of a slow tokenizer: `vocab.json`,
+`merges.txt`, `added_tokens.json` and the two configs. Both give the same ids.
 """
 
 import json
@@ -21,7 +21,7 @@ SPLIT = (
 IMAGE_CONTEXT, IMAGE_START, IMAGE_END = "<IMG_CONTEXT>", "<img>", "</img>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 
-# What NEO adds to Qwen3's tokenizer, in the order of the ids.
+# The tokens that NEO adds to Qwen3's tokenizer, in the order of their ids.
 NEO_TOKENS = (
     *(IMAGE_CONTEXT, IMAGE_START, IMAGE_END, "<quad>", "</quad>", "<ref>", "</ref>"),
     *("<box>", "</box>", "<|action_start|>", "<|action_end|>", "<|plugin|>", "<|interpreter|>"),
@@ -29,11 +29,11 @@ NEO_TOKENS = (
 
 
 class NeoTokenizer:
-    """Text to ids and back, and the ids that the model treats specially.
+    """Encodes and decodes text, and names the special ids.
 
     Attributes:
       image_context_id, image_start_id, image_end_id: of <IMG_CONTEXT>, <img>, </img>.
-      turn_end_id: of <|im_end|>, at which an answer stops.
+      turn_end_id: of <|im_end|>, the end of an answer.
       vocab_size: one more than the highest id.
     """
 
@@ -52,7 +52,7 @@ class NeoTokenizer:
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> "NeoTokenizer":
-        """Reads the tokenizer files of a checkpoint directory; InputError names what is wrong."""
+        """Reads the tokenizer files of a checkpoint; InputError names the file that is wrong."""
         return cls(_read(Path(directory)), str(directory))
 
     def to_json(self) -> str:
@@ -70,7 +70,7 @@ def add_neo_tokens(directory: str | Path) -> int:
     """Adds NEO's tokens to the Qwen3 tokenizer in a directory, in all its files.
 
     Returns:
-      the new number of ids.
+      The new number of ids.
     """
     directory = Path(directory)
     tokenizer = _read(directory)
@@ -91,14 +91,14 @@ def add_neo_tokens(directory: str | Path) -> int:
     def name_special(content: dict) -> None:
         content.setdefault("additional_special_tokens", []).extend(new)
 
-    def decode_too(content: dict) -> None:
+    def add_decoders(content: dict) -> None:
         name_special(content)
         flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
         decoder = content.setdefault("added_tokens_decoder", {})
         for token, number in ids.items():
             decoder[str(number)] = {"content": token, **flags, "special": True}
 
-    change("tokenizer_config.json", decode_too)
+    change("tokenizer_config.json", add_decoders)
     change("special_tokens_map.json", name_special)
     if (directory / "vocab.json").exists():
         change("added_tokens.json", lambda content: content.update(ids))
@@ -161,7 +161,7 @@ def _from_slow_files(directory: Path) -> Tokenizer:
 
 
 def _added_tokens(added: dict, config: dict, special_map: dict) -> dict[int, AddedToken]:
-    """Id -> token. Which are special is said by the config, or else by the special map."""
+    """Added tokens by id. The config says which are special, or else the special map does."""
     special = {config.get("eos_token"), config.get("pad_token")}
     for value in special_map.values():
         for token in value if isinstance(value, list) else [value]:

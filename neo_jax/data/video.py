@@ -1,6 +1,7 @@
-"""A video to frames and prompt text: choose, decode, resize, say when each frame was seen.
+"""From a video to frames and a prompt: choose frames, decode, resize, and write their times.
 
-As the official evaluation (`tests/golden/chat`). Only video files need PyAV, the extra `[video]`.
+Follows the official evaluation code (`tests/golden/chat`). Only video files need PyAV, the extra
+`[video]`.
 """
 
 import bisect
@@ -21,7 +22,7 @@ from neo_jax.errors import InputError
 VideoSource = str | os.PathLike | Sequence[ImageSource]
 
 MIN_PIXELS, MAX_PIXELS = 4096, 230400  # of a frame, in the official evaluation of videos
-PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 LABELS = {"times": "[{time}]:", "numbers": "Frame-{number}: ", "none": ""}
 
 
@@ -29,18 +30,18 @@ LABELS = {"times": "[{time}]:", "numbers": "Frame-{number}: ", "none": ""}
 class Video:
     """The chosen frames of a video."""
 
-    frames: tuple[Image.Image, ...]  # RGB, at the model's size: `patchify`, do not resize again
+    frames: tuple[Image.Image, ...]  # RGB, already resized: cut them with `patchify`
     times: np.ndarray  # [n] float64, seconds: frame number / frame rate
     fps: float  # chosen frames per second
-    duration: float  # seconds, of the whole video
+    duration: float  # of all the video, seconds
 
 
 def evenly(total: int, count: int, spacing: str = "inside") -> np.ndarray:
-    """[count] int: frame numbers evenly over `total`. 4 of 10 by `spacing`, and who uses it:
+    """[count] int: evenly spaced frame numbers below `total`. 4 of 10, by `spacing`:
 
-    inside   2 4 6 8  away from both ends: most benchmarks
-    centres  1 3 5 8  about the middles of equal parts: MVBench
-    ends     0 3 6 9  from the first to the last: the spatial benchmarks
+    inside   2 4 6 8  away from both ends, as most benchmarks do
+    centres  1 3 5 8  near the centres of equal parts, as MVBench does
+    ends     0 3 6 9  from the first to the last, as the spatial benchmarks do
     """
     if spacing == "inside":
         return (np.arange(1, count + 1) * (total / (count + 1))).astype(int)
@@ -53,11 +54,11 @@ def evenly(total: int, count: int, spacing: str = "inside") -> np.ndarray:
 
 
 def at_rate(total: int, rate: float, fps: float, max_frames: int | None = None) -> np.ndarray:
-    """Every (rate / fps)-th of `total` frames, no doubles; none if shorter than 1 / fps seconds."""
+    """Every (rate / fps)-th of `total` frames, none twice; none if shorter than 1 / fps seconds."""
     count = total if fps >= rate else int(total / rate * fps)
     step = max(rate / fps, 1)
     if max_frames is not None and count > max_frames:
-        # As the official code: the spacing of `inside`, but from frame 0.
+        # As the official code: spaced as `inside`, but from frame 0.
         count, step = max_frames, total / (max_frames + 1)
     return (np.arange(count) * step).astype(int)
 
@@ -71,10 +72,10 @@ def choose_frames(
     max_frames: int = 128,
     spacing: str = "inside",
 ) -> np.ndarray:
-    """[n] int, ascending: which of `total` frames, `rate` per second, to take; at least one.
+    """[n] int, ascending: the chosen ones of `total` frames, at least one.
 
-    Takes `num_frames`, as `evenly` (doubles, if there are too few), or else `fps` (default 1) per
-    second, as `at_rate`, spread out to no more than `max_frames`.
+    Chooses `num_frames` with `evenly` (some twice, if there are too few), or else `fps` (default 1)
+    per second with `at_rate`, and at most `max_frames`. `rate` is frames per second of the video.
     """
     if num_frames is not None and fps is not None:
         raise InputError("give num_frames or fps, not both")
@@ -90,7 +91,7 @@ def choose_frames(
 
 
 def span_frames(total: int, rate: float, span: tuple[float, float] | None) -> tuple[int, int]:
-    """The first and last frame of `span`, (start, end) in seconds; None is the whole video."""
+    """The first and last frame of `span`, (start, end) in seconds; None: of all the video."""
     start, end = span or (0, math.inf)
     first, last = max(0, round(start * rate)), round(min(end * rate, total - 1))
     if first > last:
@@ -101,7 +102,7 @@ def span_frames(total: int, rate: float, span: tuple[float, float] | None) -> tu
 def frame_limits(
     count: int, min_pixels: int, max_pixels: int, total_pixels: int | None = None
 ) -> tuple[int, int]:
-    """(min, max) pixels of each frame: of a total, total // count at most, but never below min."""
+    """(min, max) pixels of a frame. A total is shared evenly by frames, each at least min."""
     if not 0 < min_pixels <= max_pixels:
         raise InputError(f"min_pixels {min_pixels} must be 1 to max_pixels {max_pixels}")
     share = max_pixels if total_pixels is None else total_pixels // count
@@ -121,22 +122,22 @@ def load_video(
     max_pixels: int = MAX_PIXELS,
     total_pixels: int | None = None,
 ) -> Video:
-    """Chooses frames of a video, as `choose_frames`, and resizes them, as `frame_limits`.
+    """Chooses frames of a video with `choose_frames`, and resizes them within `frame_limits`.
 
     Args:
-      source: a video file; a folder of pictures, in the natural order of their names (2 before
-        10); or a list of pictures, each anything that `open_rgb` takes.
-      fps: as in `choose_frames`, or a function from the video's own frames per second to that.
-      span: (start, end) in seconds, to choose only in there.
-      frame_rate: frames per second of a folder or list, default 1; a file has its own.
+      source: a video file; a folder of images, in the natural order of their names (2 before
+        10); or a list of images, each as `open_rgb` takes it.
+      fps: as in `choose_frames`, or a function from the video's frame rate to that.
+      span: (start, end) in seconds; frames are chosen within.
+      frame_rate: of a folder or list, frames per second, default 1; a file has its own.
 
     Raises:
       InputError: naming the file or argument that is missing, damaged, empty or out of range.
     """
     is_file = isinstance(source, str | os.PathLike) and not os.path.isdir(source)
     if frame_rate is not None and (is_file or not 0 < frame_rate < math.inf):
-        raise InputError(f"frame_rate {frame_rate}: above 0, for folders and lists of pictures")
-    listed, rate = _packets(source) if is_file else (_pictures(source), frame_rate or 1.0)
+        raise InputError(f"frame_rate {frame_rate}: above 0, for folders and lists of images")
+    listed, rate = _packets(source) if is_file else (_frame_sources(source), frame_rate or 1.0)
     fps = fps(rate) if callable(fps) else fps
     first, last = span_frames(len(listed), rate, span)
     length = last - first + 1
@@ -145,21 +146,21 @@ def load_video(
     )
     limits = frame_limits(len(indices), min_pixels, max_pixels, total_pixels)
     needed = np.unique(indices)
-    pictures = _decoded(source, listed, needed) if is_file else (listed[i] for i in needed)
-    # A generator: only one picture is ever held at its full size.
-    resized = (Image.fromarray(resized_pixels(picture, *limits)) for picture in pictures)
+    sources = _decoded(source, listed, needed) if is_file else (listed[i] for i in needed)
+    # A generator, so that only one image at a time has its full size in memory.
+    resized = (Image.fromarray(resized_pixels(frame, *limits)) for frame in sources)
     frames = dict(zip(needed, resized, strict=True))
     sampled = len(indices) * rate / length
     return Video(tuple(map(frames.get, indices)), indices / rate, sampled, len(listed) / rate)
 
 
 def time_text(seconds: float) -> str:
-    """MM:SS.ss; as officially, 59.996 is 00:60.00."""
+    """Seconds as MM:SS.ss. As the official code, 59.996 is 00:60.00."""
     return f"{int(seconds // 60):02d}:{seconds % 60:05.2f}"
 
 
 def video_prompt(video: Video, question: str, *, header: bool = True, labels: str = "times") -> str:
-    """The frames' <image> marks, one a line, and the question.
+    """The prompt of a video: an <image> mark on a line for each frame, then the question.
 
         The time range of this video is [00:00-00:32], and the following is a series of ...
         [00:03.60]:<image>
@@ -174,7 +175,7 @@ def video_prompt(video: Video, question: str, *, header: bool = True, labels: st
 
 
 def video_header(video: Video) -> str:
-    """The line that tells how long the video is and how its frames were taken."""
+    """The line with the length of the video, the number of its frames and their rate."""
     return (
         f"The time range of this video is [00:00-{time_text(int(video.duration))[:-3]}], and the "
         f"following is a series of {len(video.frames)} frames sampled at {video.fps:.1f} FPS.\n"
@@ -182,7 +183,7 @@ def video_header(video: Video) -> str:
 
 
 def frame_marks(video: Video, labels: str = "times") -> list[str]:
-    """A line for each frame: its label, as in `video_prompt`, and an <image> mark."""
+    """A line for each frame: its label (see `video_prompt`) and an <image> mark."""
     if labels not in LABELS:
         raise InputError(f"labels {labels!r}: use one of {', '.join(LABELS)}")
     return [
@@ -191,17 +192,19 @@ def frame_marks(video: Video, labels: str = "times") -> list[str]:
     ]
 
 
-def _pictures(source: VideoSource) -> list[ImageSource]:
+def _frame_sources(source: VideoSource) -> list[ImageSource]:
     if not isinstance(source, str | os.PathLike | list | tuple):
-        raise InputError(f"a video is a path or a list of pictures, not {type(source).__name__}")
+        raise InputError(f"a video is a path or a list of images, not {type(source).__name__}")
     if isinstance(source, list | tuple):
         found = list(source)
     else:
-        names = [n for n in os.listdir(source) if n.lower().endswith(PICTURES) and n[0] != "."]
+        names = [
+            n for n in os.listdir(source) if n.lower().endswith(IMAGE_SUFFIXES) and n[0] != "."
+        ]
         names.sort(key=lambda n: [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", n)])
         found = [os.path.join(source, name) for name in names]
     if not found:
-        raise InputError(f"video {source}: no pictures in it ({', '.join(PICTURES)})")
+        raise InputError(f"video {source}: no images in it ({', '.join(IMAGE_SUFFIXES)})")
     return found
 
 
@@ -211,12 +214,15 @@ def _open(path: str | os.PathLike):
         import av
     except ImportError as error:
         raise InputError(f"video {path}: to read it, install neo-ov-jax[video]") from error
-    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would block for ever
+    if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe would block for ever
         raise InputError(f"video {path}: not a file")
+    # Titles need not be UTF-8. PyAV 19 reads them anyway, and no longer has the option to.
+    has_option = int(av.__version__.split(".")[0]) < 19
+    options = {"metadata_errors": "ignore"} if has_option else {}
     try:
-        with av.open(os.path.abspath(path), metadata_errors="ignore") as container:
+        with av.open(os.path.abspath(path), **options) as container:
             stream = container.streams.best("video")
-            # FFmpeg also renders plain text, as a terminal would.
+            # FFmpeg also renders plain text as a video of a terminal.
             if stream is None or container.format.name == "tty":
                 raise InputError(f"video {path}: no video stream in it, or its end is cut off")
             stream.thread_type = "AUTO"
@@ -226,7 +232,7 @@ def _open(path: str | os.PathLike):
 
 
 def _packets(path: str | os.PathLike) -> tuple[list[tuple], float]:
-    """(shown at, decoded at, starts a group) of each frame, undecoded; and frames per second."""
+    """(presentation time, decoding time, is a key frame) of each packet; and frames per second."""
     with _open(path) as (container, stream):
         packets = (packet for packet in container.demux(stream) if packet.size)
         found = [(p.pts, p.dts, p.is_keyframe, p.is_discard, p.is_corrupt) for p in packets]
@@ -240,11 +246,11 @@ def _packets(path: str | os.PathLike) -> tuple[list[tuple], float]:
 
 
 def _decoded(path, packets: list[tuple], indices: np.ndarray) -> Iterator[Image.Image]:
-    """The frames `indices`, ascending, one by one; jumps over groups that hold none of them."""
+    """Decodes the frames `indices`, ascending, one by one. Seeks past groups that have none."""
     with _open(path) as (container, stream):
         timed = all(shown is not None for shown, _, _ in packets)
         places = sorted(shown for shown, _, _ in packets) if timed else range(len(packets))
-        # Where jumps are exact: elsewhere they may land too late.
+        # Only in these formats is a seek exact; in others it may land too late.
         exact = timed and container.format.name.startswith(("mov", "matroska"))
         starts = sorted((p[0], p[0] if p[1] is None else p[1]) for p in packets if p[2] and exact)
         decoded, here = enumerate(container.decode(stream)), -math.inf
@@ -258,5 +264,5 @@ def _decoded(path, packets: list[tuple], indices: np.ndarray) -> Iterator[Image.
                 if frame is None:
                     raise InputError(f"video {path}: damaged, its last frames cannot be decoded")
                 here = frame.pts if timed else number
-            # Phones store frames lying down, with the turn that sets them upright.
+            # Phones store frames sideways, with the rotation that sets them upright.
             yield frame.to_image().rotate(frame.rotation, expand=True)

@@ -79,7 +79,7 @@ def test_context_token_without_image_start_is_refused():
     with raises("token 1 is <IMG_CONTEXT> but no <img> is before it"):
         thw_positions(ids, [[4, 4]], t.image_start_id, t.image_context_id)
     ids = [t.image_start_id, *[t.image_context_id] * 4]
-    with raises(r"images of \[4\] visual tokens, the pictures are of \[\]"):
+    with raises(r"images of \[4\] visual tokens, the images given have \[\]"):
         thw_positions(ids, [], t.image_start_id, t.image_context_id)
 
 

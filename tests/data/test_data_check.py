@@ -16,7 +16,7 @@ from neo_jax.data.supervised import Limits
 from neo_jax.data.tokenizer import NeoTokenizer
 
 MODEL = GOLDEN / "packed_train/hf"
-LENGTH, SIDE = 120, 96  # tokens of a row; pixels of a picture, which stays as it is
+LENGTH, SIDE = 120, 96  # tokens of a row; pixels of an image, which stays as it is
 
 
 def conversation(question: str, answer: str) -> list[dict]:
@@ -29,11 +29,11 @@ def data_set(tmp_path):
     Image.new("RGB", (SIDE, SIDE), "red").save(tmp_path / "a.png")
     rng, records = random.Random(0), []
     for number in range(30):
-        pictures = ["a.png"] * rng.randrange(3)
+        images = ["a.png"] * rng.randrange(3)
         text = "a" * (200 if number % 7 == 0 else rng.randrange(30))
         record = {
-            "images": pictures,
-            "conversations": conversation("<image>" * len(pictures), text),
+            "images": images,
+            "conversations": conversation("<image>" * len(images), text),
         }
         records.append({"conversations": []} if number % 5 == 0 else record)
     lines = [json.dumps(record) for record in records]

@@ -15,7 +15,7 @@ ROWS = EXPECTED["rows"]
 
 
 def official(row):
-    """The picture as the row's pipeline opens it; training drops alpha without compositing."""
+    """The image as the row's pipeline opens it; training drops alpha without compositing."""
     path = GOLDEN / "images/files" / row["file"]
     return Image.open(path).convert("RGB") if row["setting"] == "train_path" else path
 
@@ -70,12 +70,12 @@ def test_patches_are_cut_row_major_channel_first():
 
 
 def test_bad_images_are_named(tmp_path):
-    (tmp_path / "text.jpg").write_text("no picture")
+    (tmp_path / "text.jpg").write_text("no image")
     whole = (GOLDEN / "images/files/large_900x1300.jpg").read_bytes()
     (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     with raises("absent.jpg", "no such file"):
         open_rgb(tmp_path / "absent.jpg")
-    with raises("text.jpg", "not a picture"):
+    with raises("text.jpg", "not an image"):
         open_rgb(tmp_path / "text.jpg")
     with raises("cut.jpg", "truncated"):
         open_rgb(tmp_path / "cut.jpg")

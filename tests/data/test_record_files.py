@@ -38,12 +38,12 @@ WANTED = [
 
 
 def embedded(record: dict) -> dict:
-    pictures = [{"bytes": base64.b64encode(raw).decode()} for raw in record["images"]]
-    return record | {"images": pictures}
+    images = [{"bytes": base64.b64encode(raw).decode()} for raw in record["images"]]
+    return record | {"images": images}
 
 
 def write_jsonl(folder):
-    """Pictures as files; a blank line, and no end to the last."""
+    """Images as files; a blank line, and no end to the last."""
     lines = []
     for number, record in enumerate(WANTED):
         names = [f"{number}_{place}.png" for place in range(len(record["images"]))]
@@ -61,11 +61,11 @@ def write_json(folder):
 
 
 def write_parquet(folder, records=WANTED, name="a.parquet", size=3):
-    pictures = [[{"bytes": raw, "path": None} for raw in r["images"]] for r in records]
+    images = [[{"bytes": raw, "path": None} for raw in r["images"]] for r in records]
     columns = {
         "conversations": [r["conversations"] for r in records],
         "images": pa.array(
-            pictures, pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+            images, pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.string()}))
         ),
         "unread": [1] * len(records),
     }
@@ -145,13 +145,13 @@ WRITERS = {
 
 
 def seen(records) -> list[dict]:
-    """All records, their pictures' files read."""
+    """All records, their images' files read."""
 
-    def read(picture):
-        if isinstance(picture, bytes):
-            return picture
-        assert os.path.isabs(picture)
-        with open(picture, "rb") as file:
+    def read(image):
+        if isinstance(image, bytes):
+            return image
+        assert os.path.isabs(image)
+        with open(image, "rb") as file:
             return file.read()
 
     found = [records[index] for index in range(len(records))]

@@ -1,4 +1,4 @@
-"""Drawn pictures: the same each time, held-out layouts apart, answers true of the pixels."""
+"""Synthetic images: the same each time, held-out layouts apart, answers true of the pixels."""
 
 import collections
 
@@ -13,44 +13,44 @@ from neo_jax.data.synthetic_records import ShapeRecords
 
 
 def drawn(kind, count=150, is_held_out=False):
-    return [synthetic.draw_record(kind, 5, number, is_held_out) for number in range(count)]
+    return [synthetic.generate_record(kind, 5, number, is_held_out) for number in range(count)]
 
 
 def answer(record, kind):
     return next(question.answer for question in record.questions if question.kind == kind)
 
 
-def things(picture):
+def things(image):
     """[H, W] bool: what is not background, which is the colour of most pixels."""
-    pixels = np.asarray(picture).astype(int)
+    pixels = np.asarray(image).astype(int)
     colours, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
     return np.abs(pixels - colours[counts.argmax()]).sum(axis=-1) > 60
 
 
-def centre(picture):
-    rows, columns = np.nonzero(things(picture))
+def centre(image):
+    rows, columns = np.nonzero(things(image))
     return np.array([(rows.min() + rows.max()) / 2, (columns.min() + columns.max()) / 2])
 
 
 def test_colour_and_place_are_true():
     for record in drawn("one"):
-        picture = record.pictures[0]
-        colour = np.median(np.asarray(picture)[things(picture)], axis=0)
+        image = record.images[0]
+        colour = np.median(np.asarray(image)[things(image)], axis=0)
         assert tuple(colour.astype(int)) == synthetic.COLOURS[answer(record, "colour")]
-        row, column = (centre(picture) // synthetic.CELL).astype(int)
+        row, column = (centre(image) // synthetic.CELL).astype(int)
         assert answer(record, "place") == f"{synthetic.ROWS[row]} {synthetic.COLUMNS[column]}"
 
 
 def test_counts_are_true():
     for record in drawn("count"):
-        mask = things(record.pictures[0])
+        mask = things(record.images[0])
         cells = mask.reshape(3, synthetic.CELL, 3, synthetic.CELL).sum(axis=(1, 3))
         assert answer(record, "count") == str((cells > 60).sum())
 
 
 def test_relations_bindings_and_motion_are_true():
     for record in drawn("two"):
-        pixels = np.asarray(record.pictures[0])
+        pixels = np.asarray(record.images[0])
         colours = [question.answer for question in record.questions if question.kind == "binding"]
         places = [
             np.mean(np.nonzero((pixels == synthetic.COLOURS[colour]).all(axis=-1)), axis=1)
@@ -63,21 +63,21 @@ def test_relations_bindings_and_motion_are_true():
             wanted = "below" if down > 0 else "above"
         assert answer(record, "relation") == wanted
     for record in drawn("motion", 60):
-        down, right = centre(record.pictures[-1]) - centre(record.pictures[0])
+        down, right = centre(record.images[-1]) - centre(record.images[0])
         ways = {"left": -right, "right": right, "up": -down, "down": down}
         assert answer(record, "motion") == max(ways, key=ways.get)
 
 
 def test_changes_are_true():
     for record in drawn("change"):
-        before, after = (np.asarray(picture) for picture in record.pictures)
-        masks = [things(picture) for picture in record.pictures]
+        before, after = (np.asarray(image) for image in record.images)
+        masks = [things(image) for image in record.images]
         if (before == after).all():
             wanted = "nothing"
         elif (masks[0] == masks[1]).all():
             wanted = "the colour"
         else:
-            cells = [tuple(centre(picture) // synthetic.CELL) for picture in record.pictures]
+            cells = [tuple(centre(image) // synthetic.CELL) for image in record.images]
             wanted = "the shape" if cells[0] == cells[1] else "the place"
         assert answer(record, "change") == wanted
 
@@ -86,7 +86,7 @@ def test_changes_are_true():
 def test_no_picture_that_is_held_out_is_trained_on(kind):
     def contents(is_held_out):
         records = drawn(kind, 300, is_held_out)
-        return {tuple(np.asarray(p).tobytes() for p in record.pictures) for record in records}
+        return {tuple(np.asarray(p).tobytes() for p in record.images) for record in records}
 
     assert not contents(True) & contents(False)
     assert len(contents(True)) > 250  # endless, not a few again and again

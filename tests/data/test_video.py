@@ -43,10 +43,10 @@ def write_video(path, codec="mpeg4", left=None, **options):
         stream.pix_fmt = "gray" if codec == "gif" else "yuv420p"
         stream.gop_size, stream.bit_rate = 12, 1_000_000
         for number in range(NUM_FRAMES):
-            picture = np.full((64, 96, 3), 4 * number, np.uint8)
+            image = np.full((64, 96, 3), 4 * number, np.uint8)
             if left is not None:
-                picture[:, :48] = left
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+                image[:, :48] = left
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
@@ -152,9 +152,9 @@ def test_one_frame_per_second_unless_asked_otherwise(tmp_path):
 
 
 def test_a_short_video_repeats_frames_or_gives_one():
-    pictures = [Image.new("L", (32, 32), 4 * number) for number in range(3)]
-    assert seen(load_video(pictures, num_frames=6)) == [0, 0, 1, 1, 2, 2]
-    assert seen(load_video(pictures, frame_rate=10)) == [0]
+    images = [Image.new("L", (32, 32), 4 * number) for number in range(3)]
+    assert seen(load_video(images, num_frames=6)) == [0, 0, 1, 1, 2, 2]
+    assert seen(load_video(images, frame_rate=10)) == [0]
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
@@ -187,12 +187,12 @@ def test_a_folder_is_read_in_natural_order_and_only_where_chosen(tmp_path):
     for number in range(12):
         Image.new("RGB", (64, 64), (4 * number,) * 3).save(tmp_path / f"frame-{number}.png")
     (tmp_path / "frame-2.png").write_text("damaged, but not chosen")
-    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / "._frame-1.png").write_text("what macOS leaves")
     video = load_video(tmp_path, frame_rate=4, fps=1)
     assert seen(video) == [0, 4, 8]
     assert (video.times.tolist(), video.fps, video.duration) == ([0, 1, 2], 1.0, 3.0)
-    with raises("frame-2.png", "not a picture"):
+    with raises("frame-2.png", "not an image"):
         load_video(tmp_path)
 
 
@@ -206,15 +206,15 @@ def test_pictures_of_a_list_may_be_given_in_any_way():
 
 
 def test_pixels_of_frames_stay_within_the_budget():
-    pictures = [Image.new("RGB", (640, 480))] * 8
+    images = [Image.new("RGB", (640, 480))] * 8
     assert frame_limits(128, 4096, 230400, 8388608) == (4096, 65536)
     assert frame_limits(128, 4096, 230400, 1000) == (4096, 4096)
-    areas = [frame.width * frame.height for frame in load_video(pictures).frames]
+    areas = [frame.width * frame.height for frame in load_video(images).frames]
     assert all(4096 <= area <= 230400 for area in areas)
-    areas = [f.width * f.height for f in load_video(pictures, total_pixels=500_000).frames]
+    areas = [f.width * f.height for f in load_video(images, total_pixels=500_000).frames]
     assert sum(areas) <= 500_000
     with raises("min_pixels 8 must be 1 to max_pixels 4"):
-        load_video(pictures, min_pixels=8, max_pixels=4)
+        load_video(images, min_pixels=8, max_pixels=4)
 
 
 def test_bad_files_are_named(tmp_path):
@@ -234,7 +234,7 @@ def test_bad_files_are_named(tmp_path):
     for name in ("text.txt", "sound.m4a"):
         with raises(name, "no video stream"):
             load_video(tmp_path / name)
-    with raises("empty", "no pictures in it"):
+    with raises("empty", "no images in it"):
         load_video(tmp_path / "empty")
 
 
@@ -277,9 +277,9 @@ def test_arguments_out_of_range_are_named(arguments, message):
 
 
 def test_what_is_no_video_is_refused(tmp_path, monkeypatch):
-    with raises("a path or a list of pictures, not int"):
+    with raises("a path or a list of images, not int"):
         load_video(7)
-    with raises("no pictures in it"):
+    with raises("no images in it"):
         load_video([])
     with raises("frame_rate 5: above 0, for folders and lists"):
         load_video(tmp_path / "a.mp4", frame_rate=5)

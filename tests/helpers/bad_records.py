@@ -19,7 +19,7 @@ FORMATS = ("JPEG", "PNG", "GIF", "TIFF", "ICO", "WEBP", "BMP")
 GOOD = "good"
 
 
-def picture(format: str, size: tuple[int, int] = (40, 30)) -> bytes:
+def encoded_image(format: str, size: tuple[int, int] = (40, 30)) -> bytes:
     pixels = np.random.default_rng(0).integers(0, 255, (*size[::-1], 3), np.uint8)
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, format)
@@ -43,11 +43,11 @@ def decodes(raw: bytes) -> bool:
     return max(width, height) <= 200 * min(width, height)
 
 
-def damaged_pictures():
+def damaged_images():
     """(what is wrong, record, outcome) of cut and changed files of all formats."""
     rng = random.Random(0)
     for format in FORMATS:
-        whole = picture(format)
+        whole = encoded_image(format)
         cut = [whole[: len(whole) * part // 12] for part in range(12)]
         for count in range(40):
             changed = bytearray(whole)
@@ -60,7 +60,7 @@ def damaged_pictures():
         yield f"whole {format}", asking(whole), GOOD
 
 
-def odd_pictures(folder):
+def odd_images(folder):
     def chunk(name: bytes, data: bytes) -> bytes:
         return (
             struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -73,19 +73,19 @@ def odd_pictures(folder):
 
     for side in (0, 20000, 60000, 2**31 - 1):
         yield f"a PNG that says {side}", asking(png(side, side)), BAD
-    gif = bytearray(picture("GIF"))
+    gif = bytearray(encoded_image("GIF"))
     gif[6:10] = b"\xff" * 4
     yield "a huge GIF", asking(bytes(gif)), BAD
-    bmp = bytearray(picture("BMP"))
+    bmp = bytearray(encoded_image("BMP"))
     bmp[18:26] = struct.pack("<ii", 60000, -60000)
     yield "a huge BMP", asking(bytes(bmp)), BAD
     text = chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(10**8)))
-    yield "a text bomb", asking(picture("PNG")[:33] + text + picture("PNG")[33:]), BAD
+    yield "a text bomb", asking(encoded_image("PNG")[:33] + text + encoded_image("PNG")[33:]), BAD
     for width, height in ((1, 201), (5000, 3)):
-        yield f"{width} x {height}", asking(picture("PNG", (width, height))), BAD
+        yield f"{width} x {height}", asking(encoded_image("PNG", (width, height))), BAD
     for width, height in ((1, 1), (1, 200), (600, 3)):
-        yield f"{width} x {height}", asking(picture("PNG", (width, height))), GOOD
-    (folder / "good.png").write_bytes(picture("PNG"))
+        yield f"{width} x {height}", asking(encoded_image("PNG", (width, height))), GOOD
+    (folder / "good.png").write_bytes(encoded_image("PNG"))
     (folder / "empty.png").write_bytes(b"")
     (folder / "folder.png").mkdir()
     os.mkfifo(folder / "pipe.png")
@@ -121,7 +121,7 @@ def wrong_types():
     for value in odd:
         yield f"conversations {value!r}", {"conversations": value}, BAD
         for name in ("image", "images", "video"):
-            # Null is as if it were not there, an empty list is no picture; but a video has some.
+            # Null is as if it were not there, an empty list is no image; but a video has some.
             is_none = value is None or (value == [] and name != "video")
             record = {name: value, "conversations": turns()}
             yield f"{name} {value!r}", record, GOOD if is_none else BAD
@@ -165,7 +165,7 @@ def odd_texts():
     for marks, count in itertools.product(range(5), range(4)):
         record = {"images": [image] * count, "conversations": turns("<image>" * marks)}
         fits = marks == count or (marks == 0 and count == 1)
-        yield f"{marks} marks, {count} pictures", record, GOOD if fits else BAD
+        yield f"{marks} marks, {count} images", record, GOOD if fits else BAD
     both = {"video": [image], "image": image, "conversations": turns()}
     yield "an image and a video", both, BAD
     yield "no question", {"video": [image], "conversations": turns()[1:]}, BAD
@@ -174,15 +174,15 @@ def odd_texts():
     for token in (*NEO_TOKENS, "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<think>", "<video>"):
         for question, answer, count in itertools.product(("", token), ("", token * 3), (0, 1)):
             record = {"images": [image] * count, "conversations": turns(question, answer)}
-            # A visual token needs its picture; all others are only odd.
+            # A visual token needs its image; all others are only odd.
             is_bad = token == "<IMG_CONTEXT>" and bool(question + answer)
             yield f"{question!r} {answer!r} {count}", record, BAD if is_bad else GOOD
     fake = "<img><IMG_CONTEXT></img>"
-    yield "a picture that is none", {"conversations": turns(fake)}, BAD
+    yield "an image that is none", {"conversations": turns(fake)}, BAD
     for text in ("\0", "\n" * 50, "\u202e\u200d", "\U0010ffff", "\ufeff", "e\u0301" * 20):
         yield f"text {text!r:.30}", {"conversations": turns(text, text)}, GOOD
     yield "half a character", {"conversations": turns("?", "\ud83d")}, BAD
     for size in (300, 100000):
         yield f"{size} letters", {"conversations": turns("?", "a" * size)}, TOO_LONG
     several = {"images": [image] * 100, "conversations": turns("<image>" * 100)}
-    yield "100 pictures", several, TOO_LONG
+    yield "100 images", several, TOO_LONG

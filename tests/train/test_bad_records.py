@@ -10,7 +10,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from helpers.bad_records import GOOD, damaged_pictures, odd_pictures, odd_texts, turns, wrong_types
+from helpers.bad_records import GOOD, damaged_images, odd_images, odd_texts, turns, wrong_types
 from helpers.golden import GOLDEN
 from neo_jax.data.mixture import Mixture
 from neo_jax.data.pipeline import TOO_LONG, DataConfig, batches, explain
@@ -34,7 +34,7 @@ class Case:
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
     folder = tmp_path_factory.mktemp("records")
-    sources = (damaged_pictures(), odd_pictures(folder), wrong_types(), odd_texts())
+    sources = (damaged_images(), odd_images(folder), wrong_types(), odd_texts())
     found = [one for source in sources for one in source]
     found += [
         (f"good {n}", {"conversations": turns("?", "a" * (n % 50))}, GOOD) for n in range(200)
