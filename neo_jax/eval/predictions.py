@@ -115,7 +115,7 @@ def predict(
         answer_records(read, task.table.path, own, timed, **options)
         _log_time(folder, hosts, times)
     elif is_needed and hosts.count > 1:
-        collections.deque(serve(iter(())), maxlen=0)  # loading the model is a collective
+        collections.deque(serve(iter(())), maxlen=0)  # every host loads the model, or none
     _merge(folder, hosts)
 
 

@@ -92,7 +92,7 @@ def _conclusions(answer: str) -> list[str]:
 
 
 def text_or_number(text: str) -> list[str | float]:
-    """A number to two decimals, or the text in lower case; one character gets a space beside it."""
+    """A number to two decimals, or lower-case text; one character: with a space before or after."""
     text = text.strip()
     try:
         return [round(float(text.replace(",", "")), 2)]
