@@ -1,12 +1,12 @@
-"""Counts what the steps of the attention kernels take on each TPU, in instruction bundles.
+"""Counts the instruction bundles of the attention kernels' steps, for each TPU.
 
-The TPU compiler writes the final program of a kernel as bundles, one a cycle when nothing stalls.
-They are the same in every compilation, so they can be compared with a budget, without a TPU:
+The TPU compiler writes the final program of a kernel as bundles: one per cycle if nothing stalls.
+Every compilation gives the same bundles, so they can be compared with a budget, without a TPU:
 
 python -m benchmarks.kernel_cycles --chips v5e,v6e            exits 1 if a kernel grew by over 2 %
-python -m benchmarks.kernel_cycles --write                    makes today's counts the budget
+python -m benchmarks.kernel_cycles --write                    writes the counts as the new budget
 
-The budget is `neo_jax/plan/kernel_cycles.json`, from which plans take the time of attention.
+The budget is `neo_jax/plan/kernel_cycles.json`. Plans compute the time of attention from it.
 """
 
 import argparse
@@ -26,9 +26,9 @@ from neo_jax.plan.kernel_costs import BLOCK_K, BLOCK_Q, PRODUCTS, STREAMED, flop
 
 SLICES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "v7x": "v7x:2x2x1"}
 TOLERANCE = 0.02
-# What a step jumps over and has so many bundles belongs to a block's or row's first or last step.
+# A conditional region of this many bundles runs only in the first or last step of a block or row.
 LONG = 200
-# A short row, and one so long that the backward pass takes two walks.
+# A short row, and one so long that the backward pass is two kernels.
 LENGTHS, GROUPS, QK_WIDTH, V_WIDTH = (4096, 65536), 2, 256, 128
 
 _BUNDLE = re.compile(r"^\s*0x([0-9a-f]+)\s+([A-Z]{2})?\s*:")
@@ -38,18 +38,18 @@ _REGION = re.compile(r"Start(?:/End empty)? region (\d+)")
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Bundles of the loop over steps."""
+    """Bundles of the loop over a kernel's steps."""
 
-    masked: int
-    full: int
-    step: int  # of the rest, but for long work of a block's first or last step
+    masked: int  # body of a step on a partial block
+    full: int  # body of a step on a full block
+    step: int  # the rest of a step, without what runs only in a block's first or last step
 
 
 def count(text: str) -> Counts:
-    """Reads a kernel's final bundles: its two largest predicated regions are the step's bodies.
+    """Counts a kernel's final bundles: its two largest conditional regions are the step's bodies.
 
     Raises:
-      InputError: when the loop is not as expected.
+      InputError: if the loop is not as expected.
     """
     places, first, back, inside = _loop(text)
     skipped = [(place, places[region]) for place, region in inside if places[region] > place]
@@ -72,22 +72,22 @@ def count(text: str) -> Counts:
 
 
 def loop_bundles(text: str) -> int:
-    """Of one turn of a kernel's loop, whatever is in it."""
+    """Bundles of one iteration of a kernel's loop, with all its regions."""
     _, first, back, _ = _loop(text)
     return back - first
 
 
 def _loop(text: str) -> tuple[dict[int, int], int, int, list[tuple[int, int]]]:
-    """Where regions start; first and last bundle of the outermost loop; branches in it."""
+    """Starts of regions; first and last bundle of the outermost loop; branches in it."""
     places, branches, first = {}, [], None
     for line in text.split("\n"):
-        found = _BUNDLE.match(line)
-        if not found:
+        bundle = _BUNDLE.match(line)
+        if not bundle:
             continue
-        place = int(found[1], 16)
+        place = int(bundle[1], 16)
         for region in _REGION.findall(line):
             places.setdefault(int(region), place)
-        if found[2] == "LB" and first is None:
+        if bundle[2] == "LB" and first is None:
             first = place
         if branch := _BRANCH.search(line):
             branches.append((place, int(branch[1])))
@@ -101,18 +101,18 @@ def measured(chip: str, group: int) -> tuple[dict[str, Steps], dict[str, int]]:
     """Compiles the kernels for a chip, with `group` query heads to a key head.
 
     Returns:
-      what the entries of attention's block list take, and a block of the kernels that stream.
+      the bundles of attention's steps, and of one block of the kernels that stream, by kernel.
     """
     found, streams = {}, {}
     with tempfile.TemporaryDirectory() as directory:
         arguments = f"--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true"
         environment = os.environ | {"LIBTPU_INIT_ARGS": arguments}
         command = [sys.executable, "-m", "benchmarks.kernel_cycles", "--compile", chip]
-        ended = subprocess.run(
+        finished = subprocess.run(
             [*command, "--group", str(group)], env=environment, capture_output=True, text=True
         )
-        if ended.returncode:
-            raise InputError(f"{chip}: {ended.stderr.strip().splitlines()[-1]}")
+        if finished.returncode:
+            raise InputError(f"{chip}: {finished.stderr.strip().splitlines()[-1]}")
         for name in PRODUCTS:
             files = [
                 file
@@ -143,13 +143,13 @@ def measured(chip: str, group: int) -> tuple[dict[str, Steps], dict[str, int]]:
 
 
 def compile_kernels(chip: str, group: int) -> None:
-    """Forward and backward of attention, for one device of a slice; the compiler dumps as told."""
+    """Compiles forward and backward of attention and norms for one device of a slice."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
-    from neo_jax.kernels.interval_attention import interval_attention, make_block_list
+    from neo_jax.kernels.interval_attention import interval_attention, make_block_lists
     from neo_jax.kernels.norm_rope import norm_rope
     from neo_jax.plan.topology import find_topology
     from neo_jax.sharding import spec
@@ -160,15 +160,17 @@ def compile_kernels(chip: str, group: int) -> None:
     rows = mesh.size
 
     def loss(q, k, v, start, end):
-        block_list = make_block_list(start, end, q.shape[1], (QK_WIDTH, V_WIDTH), q.dtype.itemsize)
-        z = interval_attention(q, k, v, start, end, QK_WIDTH**-0.5, block_list)
+        block_lists = make_block_lists(
+            start, end, q.shape[1], (QK_WIDTH, V_WIDTH), q.dtype.itemsize
+        )
+        z = interval_attention(q, k, v, start, end, QK_WIDTH**-0.5, block_lists)
         return jnp.sum(z.astype(jnp.float32))
 
     def array(shape, dtype=jnp.bfloat16):
         sharding = NamedSharding(mesh, spec("batch", *[None] * (len(shape) - 1)))
         return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding)
 
-    def normed(t, hw, scale, cos, sin):
+    def norm_loss(t, hw, scale, cos, sin):
         y = norm_rope(t, hw, scale, cos, sin, (QK_WIDTH // 4, QK_WIDTH // 8, QK_WIDTH // 8), 1e-6)
         return jnp.sum(y.astype(jnp.float32))
 
@@ -183,7 +185,7 @@ def compile_kernels(chip: str, group: int) -> None:
         angles = array((LENGTHS[0], QK_WIDTH // 2), jnp.float32)
         scale = jax.ShapeDtypeStruct((QK_WIDTH,), jnp.float32, sharding=NamedSharding(mesh, P()))
         part = array((LENGTHS[0], 16, QK_WIDTH // 2))
-        gradient = jax.jit(jax.value_and_grad(normed, (0, 1, 2)))
+        gradient = jax.jit(jax.value_and_grad(norm_loss, (0, 1, 2)))
         gradient.lower(part, part, scale, angles, angles).compile(compiler_options=options)
 
 
@@ -209,8 +211,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def compare(chips: list[str], group: int, is_written: bool) -> int:
-    """Prints counts beside the budget; returns 1 if one of them is over it."""
-    kept, is_over = json.loads(TABLE.read_text()), False
+    """Prints the counts and the budget; returns 1 if a count is over the budget."""
+    table, is_over = json.loads(TABLE.read_text()), False
     print(f"{'chip':6}{'kernel':38}{'':8}{'bundles':>9}{'budget':>9}")
     for chip in chips:
         if chip not in SLICES:
@@ -218,19 +220,19 @@ def compare(chips: list[str], group: int, is_written: bool) -> int:
         found, streams = measured(chip, group)
         rows = []
         for name, steps in found.items():
-            budget = kept["kernels"].get(name, {}).get(chip, {})
+            budget = table["kernels"].get(name, {}).get(chip, {})
             for part in ("masked", "full", "step"):
                 rows.append((name, part, getattr(steps, part), budget.get(part)))
-            kept["kernels"].setdefault(name, {})[chip] = dataclasses.asdict(steps)
+            table["kernels"].setdefault(name, {})[chip] = dataclasses.asdict(steps)
         for name, bundles in streams.items():
-            rows.append((name, "block", bundles, kept["streamed"].get(name, {}).get(chip)))
-            kept["streamed"].setdefault(name, {})[chip] = bundles
-        for name, part, value, most in rows:
-            over = most is not None and value > (1 + TOLERANCE) * most
+            rows.append((name, "block", bundles, table["streamed"].get(name, {}).get(chip)))
+            table["streamed"].setdefault(name, {})[chip] = bundles
+        for name, part, value, budget in rows:
+            over = budget is not None and value > (1 + TOLERANCE) * budget
             is_over |= over
-            print(f"{chip:6}{name:38}{part:8}{value:9}{most or '-':>9}{'  OVER' * over}")
+            print(f"{chip:6}{name:38}{part:8}{value:9}{budget or '-':>9}{'  OVER' * over}")
         if is_written:
-            TABLE.write_text(json.dumps(kept, indent=2) + "\n")
+            TABLE.write_text(json.dumps(table, indent=2) + "\n")
     return int(is_over and not is_written)
 
 

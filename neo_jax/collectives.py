@@ -1,7 +1,7 @@
-"""Collectives of a training step, written by hand.
+"""The collectives of a training step, written out.
 
-A training step is written for one device (`shard_map_over_data`), so that nothing moves between
-devices but what this file moves:
+A training step is written for one device (`shard_map_over_data`), so only this file moves data
+between devices:
 
     parameter shard         ── all_gather_fsdp ──▶  weight
     gradient of the weight  ── reduce_scatter ──▶   gradient shard  ── psum_replicated ──▶  sum
@@ -19,17 +19,20 @@ from jax.sharding import PartitionSpec as P
 from neo_jax.sharding import FSDP, MESH_AXES, manual_axes, without_axes
 
 DATA_AXES = ("data", *FSDP)  # the manual axes of a training step
-EVEN_WIDTH = 2048  # TPUs all-reduce rows of odd widths; wide ones are padded to a multiple of this
+# XLA:TPU turns a reduce-scatter into an all-reduce for some widths. Wider rows are padded to a
+# multiple of this.
+EVEN_WIDTH = 2048
 
 
 def shard_map_over_data(local: Callable, in_specs, out_specs) -> Callable:
-    """`local` run on each device's rows, columns and parts of parameters.
+    """Runs `local` on each device's rows and columns of a batch and shards of parameters.
 
-    Partitions are as for the whole arrays; what they say of `tensor` stays in the arrays' types.
+    Specs are those of the global arrays. The axis `tensor` is not manual: it stays in the arrays'
+    types.
     """
-    ours = functools.partial(without_axes, axes=("tensor",))
+    manual_part = functools.partial(without_axes, axes=("tensor",))
     in_specs, out_specs = (
-        jax.tree.map(ours, specs, is_leaf=lambda leaf: isinstance(leaf, P))
+        jax.tree.map(manual_part, specs, is_leaf=lambda leaf: isinstance(leaf, P))
         for specs in (in_specs, out_specs)
     )
     return jax.shard_map(
@@ -42,47 +45,50 @@ def shard_map_over_data(local: Callable, in_specs, out_specs) -> Callable:
 
 
 def all_gather_fsdp(weight: jax.Array, partition: P) -> jax.Array:
-    """A device's part of a parameter made whole over fsdp; its gradient is `reduce_scatter`.
+    """All-gathers a parameter over fsdp; its gradient is a `reduce_scatter`.
 
     Args:
-      weight: in `shard_map_over_data`, a part of an array; elsewhere it is returned as it is.
-      partition: of the whole array, as it is stored.
+      weight: a device's shard. Outside `shard_map_over_data` the weight is returned as it is.
+      partition: of the global array, from `partition_spec`.
     """
     if FSDP not in tuple(partition) or "fsdp" not in manual_axes():
         return weight
 
     @jax.custom_vjp
-    def whole(part):
-        return _move_rows(_gather_rows, part, partition)
+    def gather(shard):
+        return _move_rows(_gather_rows, shard, partition)
 
-    whole.defvjp(lambda part: (whole(part), None), lambda _, dw: (reduce_scatter(dw, partition),))
-    return whole(weight)
+    def backward(_, dweight):
+        return (reduce_scatter(dweight, partition),)
 
-
-def reduce_scatter(whole: jax.Array, partition: P) -> jax.Array:
-    """The sum over fsdp, of which each device keeps its part. For `shard_map_over_data`."""
-    return _move_rows(_scatter_rows, whole, partition)
+    gather.defvjp(lambda shard: (gather(shard), None), backward)
+    return gather(weight)
 
 
-def _gather_rows(part: jax.Array) -> jax.Array:
+def reduce_scatter(gradient: jax.Array, partition: P) -> jax.Array:
+    """This device's shard of the sum over fsdp. For use in `shard_map_over_data`."""
+    return _move_rows(_scatter_rows, gradient, partition)
+
+
+def _gather_rows(shard: jax.Array) -> jax.Array:
     for axis in reversed(FSDP):
-        part = jax.lax.all_gather(part, axis, axis=0, tiled=True)
-    return part
+        shard = jax.lax.all_gather(shard, axis, axis=0, tiled=True)
+    return shard
 
 
-def _scatter_rows(whole: jax.Array) -> jax.Array:
-    columns = whole.shape[1]
-    if columns > EVEN_WIDTH:
-        whole = jnp.pad(whole, ((0, 0), (0, -columns % EVEN_WIDTH)))
+def _scatter_rows(rows: jax.Array) -> jax.Array:
+    width = rows.shape[1]
+    if width > EVEN_WIDTH:
+        rows = jnp.pad(rows, ((0, 0), (0, -width % EVEN_WIDTH)))
     for axis in FSDP:
-        whole = jax.lax.psum_scatter(whole, axis, scatter_dimension=0, tiled=True)
-    return whole[:, :columns]
+        rows = jax.lax.psum_scatter(rows, axis, scatter_dimension=0, tiled=True)
+    return rows[:, :width]
 
 
 def _move_rows(move: Callable, array: jax.Array, partition: P) -> jax.Array:
-    """`move` of the dimension that fsdp splits, as rows of a matrix that lie together.
+    """Runs `move` on a row-major matrix whose rows are the dimension that fsdp splits.
 
-    Of anything else a TPU would make an all-reduce.
+    For any other layout, XLA:TPU turns the reduce-scatter into an all-reduce.
     """
     dimension = tuple(partition).index(FSDP)
 
@@ -96,7 +102,7 @@ def _move_rows(move: Callable, array: jax.Array, partition: P) -> jax.Array:
 
 
 def _on_local_shard(local: Callable, array: jax.Array) -> jax.Array:
-    """`local` on each device's part of an array, whose types know of `tensor` alone."""
+    """Runs `local` with the axis `tensor` manual too, so that all axes are."""
     if set(MESH_AXES) <= set(manual_axes()):
         return local(array)
     partition = jax.typeof(array).sharding.spec
@@ -104,14 +110,14 @@ def _on_local_shard(local: Callable, array: jax.Array) -> jax.Array:
 
 
 def psum_replicated(gradient: jax.Array, partition: P) -> jax.Array:
-    """The sum over all devices that have the same part of a parameter, in `shard_map_over_data`."""
+    """The sum over devices with the same shard of a parameter. For `shard_map_over_data`."""
     split = set(sum((axes if isinstance(axes, tuple) else (axes,) for axes in partition), ()))
     axes = tuple(axis for axis in DATA_AXES if axis not in split)
     return _on_local_shard(lambda part: jax.lax.psum(part, axes), gradient)
 
 
 def all_gather_sequence(array: jax.Array) -> jax.Array:
-    """[B, T, ...] of all `context` devices side by side; as it is where rows are not split."""
+    """Whole rows [B, T, ...] from the columns of all `context` devices, if rows are split."""
     if not _splits_time():
         return array
     return _on_local_shard(
@@ -120,7 +126,7 @@ def all_gather_sequence(array: jax.Array) -> jax.Array:
 
 
 def local_sequence(array: jax.Array) -> jax.Array:
-    """This device's part of the columns of a whole row [B, T, ...]."""
+    """This device's columns of whole rows [B, T, ...], if rows are split."""
     if not _splits_time():
         return array
     size = array.shape[1] // jax.lax.axis_size("context")

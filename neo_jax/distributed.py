@@ -1,4 +1,4 @@
-"""Several hosts as one: each runs the same line and joins the others before it uses a device."""
+"""Multi-host runs: each host runs the same command and joins the others before it uses a device."""
 
 import os
 
@@ -10,16 +10,18 @@ from neo_jax.errors import InputError
 def join(is_pod: bool = False) -> None:
     """Joins the other processes, if this is one of several.
 
+    JAX_COORDINATOR_ADDRESS (host:port of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID name
+    them. On Cloud TPU, JAX finds them itself.
+
     Args:
-      is_pod: ask the cloud who they are. It is asked too where its own variables say that there are
-        several (GKE, multislice). Elsewhere JAX_COORDINATOR_ADDRESS (host:port of the first),
-        JAX_NUM_PROCESSES and JAX_PROCESS_ID say it.
+      is_pod: let JAX find the processes of a Cloud TPU pod. Not needed where the environment shows
+        that there are several hosts (GKE, multislice).
 
     Raises:
-      InputError: when variables are missing, or no pod is here.
+      InputError: if variables are missing or wrong, or this is no pod.
     """
-    environment = os.environ.get
-    if address := environment("JAX_COORDINATOR_ADDRESS"):
+    variable = os.environ.get
+    if address := variable("JAX_COORDINATOR_ADDRESS"):
         try:
             count, number = (int(os.environ[f"JAX_{n}"]) for n in ("NUM_PROCESSES", "PROCESS_ID"))
         except (KeyError, ValueError) as error:
@@ -30,8 +32,8 @@ def join(is_pod: bool = False) -> None:
         jax.distributed.initialize(address, count, number)
     elif (
         is_pod
-        or "," in environment("TPU_WORKER_HOSTNAMES", "")
-        or environment("MEGASCALE_COORDINATOR_ADDRESS")
+        or "," in variable("TPU_WORKER_HOSTNAMES", "")
+        or variable("MEGASCALE_COORDINATOR_ADDRESS")
     ):
         try:
             jax.distributed.initialize()

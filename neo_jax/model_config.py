@@ -1,7 +1,7 @@
-"""What a NEO model looks like, as one frozen dataclass.
+"""The configuration of a NEO model, as one frozen dataclass.
 
-`ModelConfig` is made from the published `config.json` (`from_hf`) or written down in
-`configs/models.py`. It is read where modules are built and is never changed afterwards.
+A `ModelConfig` comes from a published `config.json` (`from_hf`) or from `configs/models.py`.
+Modules read it when they are built.
 """
 
 import dataclasses
@@ -11,8 +11,8 @@ from typing import Any
 
 from neo_jax.errors import InputError
 
-# Depth of the Qwen3 with these (hidden_size, intermediate_size): what is left of a published
-# depth is the Pre-Buffer. Needed for configs that lack `extra_num_layers`.
+# Depth of the Qwen3 with these (hidden_size, intermediate_size), for configs without
+# `extra_num_layers`: the other layers of a published depth are the Pre-Buffer.
 QWEN3_DEPTH = {
     (1024, 3072): 28,
     (2048, 6144): 28,
@@ -24,10 +24,10 @@ QWEN3_DEPTH = {
 
 QK_LAYOUTS = ("expanded", "expanded_merged_norm", "fused")
 
-# The same in the whole family.
+# Constants of the whole model family.
 PATCH_SIZE = 16  # pixels
 PATCH_CHANNELS = 3 * PATCH_SIZE**2  # C: numbers in one flattened patch
-IMAGE_FACTOR = 2 * PATCH_SIZE  # a visual token covers this many pixels each way
+IMAGE_FACTOR = 2 * PATCH_SIZE  # pixels of a side of a visual token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False  # the head is the transposed embedding
     max_position_embeddings: int = 40960  # tokens: prompt and answer together
-    min_pixels: int = 65536  # default budget of an image
+    min_pixels: int = 65536  # default bounds of an image's size
     max_pixels: int = 4194304
     qk_layout: str = "expanded"  # see QK_LAYOUTS and docs/architecture.md
     dtype: str = "bfloat16"  # matrix products; norms, angles, softmax, logits stay float32
@@ -237,11 +237,11 @@ def _check_types(c: ModelConfig) -> None:
     for field in dataclasses.fields(c):
         value, kind = getattr(c, field.name), field.type
         least = 0 if field.name == "num_pre_buffer_layers" else 1
-        is_right = {
+        is_valid = {
             int: type(value) is int and value >= least,
             float: type(value) in (int, float) and value > 0,
         }.get(kind, type(value) is kind)
-        if not is_right:
+        if not is_valid:
             wanted = {int: f"an integer, {least} or more", float: "a number above 0"}
             problems.append(f"{field.name} is {value!r}: use {wanted.get(kind, kind.__name__)}")
     if problems:
@@ -252,7 +252,7 @@ _REQUIRED = object()
 
 
 class _Reader:
-    """Looks fields up in a published config and collects what is wrong with it."""
+    """Reads fields of a published config and collects its problems."""
 
     def __init__(self, hf: Mapping[str, Any]):
         self.hf = hf

@@ -1,24 +1,25 @@
-"""Interval attention a block of keys at a time, in XLA: for CPUs, GPUs, and widths no kernel fits.
+"""Interval attention by blocks of keys, in XLA: for CPUs, GPUs and widths that no kernel takes.
 
-Memory is bounded by a block's scores. A block of queries loops over the blocks of keys between the
-first start and the last end of its intervals only. The backward pass computes scores again.
+Memory is bounded by the scores of one block. Each block of queries loops only over the blocks of
+keys between the first start and the last end of its intervals. The backward pass recomputes the
+scores.
 """
 
 import jax
 import jax.numpy as jnp
 
-from neo_jax.kernels.dense import MASK_VALUE, product
+from neo_jax.kernels.dense import MASK_VALUE, float32_einsum
 
 BLOCK = 512
 
 
 def forward(q_btnj, k_bskj, v_bskh, start_bt, end_bt, scale):
-    """[B, T, N, H] and the logarithm of the sum of exponents [B, T, N] float32 (0 if it is empty).
+    """The attention output [B, T, N, H], and log(sum(exp(scores))) [B, T, N] float32.
 
-    Sizes need not be multiples of anything.
+    The latter is 0 where a query sees nothing. T and S may be any numbers.
     """
-    dot, group = product(q_btnj.dtype), q_btnj.shape[2] // k_bskj.shape[2]
-    k_bskj, v_bskh = _padded(k_bskj, BLOCK), _padded(v_bskh, BLOCK)
+    einsum, group = float32_einsum(q_btnj.dtype), q_btnj.shape[2] // k_bskj.shape[2]
+    k_bskj, v_bskh = _pad(k_bskj, BLOCK), _pad(v_bskh, BLOCK)
 
     def block(inputs):
         row, q_tnj, start_t, end_t = inputs
@@ -26,17 +27,17 @@ def forward(q_btnj, k_bskj, v_bskh, start_bt, end_bt, scale):
 
         def step(number, state):
             running_max, total, z = state
-            k_skj, v_skh = (_block(array, row, number) for array in (k_bskj, v_bskh))
-            scores = scale * dot("tkgj,skj->kgts", q_tkgj, k_skj)
+            k_skj, v_skh = (_read_block(array, row, number) for array in (k_bskj, v_bskh))
+            scores = scale * einsum("tkgj,skj->kgts", q_tkgj, k_skj)
             scores = jnp.where(_mask(start_t, end_t, number), scores, MASK_VALUE)
             new_max = jnp.maximum(running_max, jnp.max(scores, axis=-1))
             p = jnp.exp(scores - new_max[..., None])
             rescale = jnp.exp(running_max - new_max)
-            z = z * rescale[..., None] + dot("kgts,skh->kgth", p.astype(v_skh.dtype), v_skh)
+            z = z * rescale[..., None] + einsum("kgts,skh->kgth", p.astype(v_skh.dtype), v_skh)
             return new_max, total * rescale + jnp.sum(p, axis=-1), z
 
         shape = (q_tkgj.shape[1], group, len(q_tnj))
-        # Above every score of an unseen key, so that its exponent is 0 from the first.
+        # Above MASK_VALUE, so that masked keys get exp(MASK_VALUE - running_max) = 0.
         state = (
             jnp.full(shape, MASK_VALUE / 2),
             jnp.zeros(shape),
@@ -58,9 +59,9 @@ def forward(q_btnj, k_bskj, v_bskh, start_bt, end_bt, scale):
 
 def backward(q_btnj, k_bskj, v_bskh, start_bt, end_bt, z_btnh, log_sum_btn, dz_btnh, scale):
     """Gradients of q, k and v."""
-    dot, group = product(q_btnj.dtype), q_btnj.shape[2] // k_bskj.shape[2]
+    einsum, group = float32_einsum(q_btnj.dtype), q_btnj.shape[2] // k_bskj.shape[2]
     num_keys = k_bskj.shape[1]
-    k_bskj, v_bskh = _padded(k_bskj, BLOCK), _padded(v_bskh, BLOCK)
+    k_bskj, v_bskh = _pad(k_bskj, BLOCK), _pad(v_bskh, BLOCK)
     delta_btn = jnp.sum(z_btnh.astype(jnp.float32) * dz_btnh.astype(jnp.float32), axis=-1)
 
     def block(sums, inputs):
@@ -71,16 +72,20 @@ def backward(q_btnj, k_bskj, v_bskh, start_bt, end_bt, z_btnh, log_sum_btn, dz_b
 
         def step(number, state):
             dk_bskj, dv_bskh, dq_tkgj = state
-            k_skj, v_skh = (_block(array, row, number) for array in (k_bskj, v_bskh))
-            scores = scale * dot("tkgj,skj->kgts", q_tkgj, k_skj)
+            k_skj, v_skh = (_read_block(array, row, number) for array in (k_bskj, v_bskh))
+            scores = scale * einsum("tkgj,skj->kgts", q_tkgj, k_skj)
             mask = _mask(start_t, end_t, number)
             p = jnp.exp(jnp.where(mask, scores - log_sum[..., None], MASK_VALUE))
-            dp = dot("tkgh,skh->kgts", dz_tkgh, v_skh)
+            dp = einsum("tkgh,skh->kgts", dz_tkgh, v_skh)
             dscores = (scale * p * (dp - delta[..., None])).astype(k_skj.dtype)
-            dk = dot("kgts,tkgj->skj", dscores, q_tkgj)
-            dv = dot("kgts,tkgh->skh", p.astype(v_skh.dtype), dz_tkgh)
-            dq_tkgj += dot("kgts,skj->tkgj", dscores, k_skj)
-            return _added(dk_bskj, dk, row, number), _added(dv_bskh, dv, row, number), dq_tkgj
+            dk = einsum("kgts,tkgj->skj", dscores, q_tkgj)
+            dv = einsum("kgts,tkgh->skh", p.astype(v_skh.dtype), dz_tkgh)
+            dq_tkgj += einsum("kgts,skj->tkgj", dscores, k_skj)
+            return (
+                _add_to_block(dk_bskj, dk, row, number),
+                _add_to_block(dv_bskh, dv, row, number),
+                dq_tkgj,
+            )
 
         *sums, dq_tkgj = jax.lax.fori_loop(
             *_bounds(start_t, end_t), step, (*sums, jnp.zeros(q_tkgj.shape))
@@ -96,38 +101,38 @@ def backward(q_btnj, k_bskj, v_bskh, start_bt, end_bt, z_btnh, log_sum_btn, dz_b
     return dq_btnj, dk_bskj.astype(k_bskj.dtype), dv_bskh.astype(v_bskh.dtype)
 
 
-def _padded(array: jax.Array, multiple: int) -> jax.Array:
-    """Zeros at the end of axis 1: keys that nobody sees, queries that see nothing."""
+def _pad(array: jax.Array, multiple: int) -> jax.Array:
+    """Pads axis 1 with zeros: keys that no query sees, queries that see nothing."""
     return jnp.pad(array, [(0, 0), (0, -array.shape[1] % multiple)] + [(0, 0)] * (array.ndim - 2))
 
 
 def _blocks(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """The row of each block of queries, and [B, T, ...] -> [B * blocks, block, ...]."""
+    """The row of each block, and the arrays [B, T, ...] as [B * blocks, block, ...]."""
     b, t = arrays[0].shape[:2]
     size = min(BLOCK, t)
-    blocks = [_padded(array, size).reshape(-1, size, *array.shape[2:]) for array in arrays]
+    blocks = [_pad(array, size).reshape(-1, size, *array.shape[2:]) for array in arrays]
     return jnp.repeat(jnp.arange(b), len(blocks[0]) // b), *blocks
 
 
 def _bounds(start_t: jax.Array, end_t: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """First and one past the last block of keys; none for queries that see nothing."""
+    """The first block of keys and one past the last; equal if no query sees anything."""
     is_empty = start_t >= end_t
     first = jnp.min(jnp.where(is_empty, jnp.max(end_t), start_t)) // BLOCK
     return first, -(-jnp.max(jnp.where(is_empty, 0, end_t)) // BLOCK)
 
 
-def _block(array: jax.Array, row: jax.Array, number: jax.Array) -> jax.Array:
+def _read_block(array: jax.Array, row: jax.Array, number: jax.Array) -> jax.Array:
     index = (row, number * BLOCK, *[0] * (array.ndim - 2))
     return jax.lax.dynamic_slice(array, index, (1, BLOCK, *array.shape[2:]))[0]
 
 
-def _added(sums: jax.Array, new: jax.Array, row: jax.Array, number: jax.Array) -> jax.Array:
-    new = _block(sums, row, number) + new
+def _add_to_block(sums: jax.Array, new: jax.Array, row: jax.Array, number: jax.Array) -> jax.Array:
+    new = _read_block(sums, row, number) + new
     return jax.lax.dynamic_update_slice(sums, new[None], (row, number * BLOCK, 0, 0))
 
 
 def _mask(start_t: jax.Array, end_t: jax.Array, number: jax.Array) -> jax.Array:
-    """[T, block] of a block of keys."""
+    """[T, block] bool: whether each query sees each key of a block of keys."""
     key_s = number * BLOCK + jnp.arange(BLOCK, dtype=jnp.int32)
     return (key_s >= start_t[:, None]) & (key_s < end_t[:, None])
 

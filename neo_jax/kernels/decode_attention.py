@@ -1,8 +1,15 @@
-"""Attention of one query per row over the cache, as in decoding.
+"""Decode attention: one query per row over the key-value cache.
 
-The cache keeps a token's heads side by side, [l, B, S, K * J], so one product of all its keys with
-queries that are zero in the other heads' places gives the scores: more operations than a product
-for each head, but nothing is moved, and reading the cache takes longer still. Values likewise.
+The cache keeps a token's heads side by side, [l, B, S, K * J]. One product of all keys with
+block-diagonal queries gives the scores, here of 4 query heads and 2 key heads:
+
+    query head 0  [ q0  0  ]
+    query head 1  [ q1  0  ]      x  key of a token [ k0 k1 ]
+    query head 2  [ 0   q2 ]
+    query head 3  [ 0   q3 ]
+
+That is more FLOPs than a product per head, but keys need not be moved, and reading them takes
+longer than the product. Values likewise.
 
 A store is {"values": that array}, with int8 also {"scale": [l, B, K, S] float32}; see
 `model/kv_cache.py`.
@@ -15,60 +22,58 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from neo_jax.kernels.dense import MASK_VALUE, product
-from neo_jax.kernels.pallas_forward import dot
+from neo_jax.kernels.dense import MASK_VALUE, float32_einsum
+from neo_jax.kernels.pallas_forward import NN, NT, dot
 from neo_jax.kernels.shard_kernel import shard_kernel
 
 NAME = "decode_attention"
 LANES = 128
-BLOCKS = (512, 256, 128)  # keys read at once: the largest that divides the cache's length
-_ROWS_BY_ROWS = (((1,), (1,)), ((), ()))
-_PLAIN = (((1,), (0,)), ((), ()))
+BLOCKS = (512, 256, 128)  # keys of a block: the largest that divides the cache's length
 
 
 def decode_attention(q_b1nj, k, v, layer, end_b, num_key_heads, scale, kernel=None):
-    """Softmax attention of each row's query over its first `end_b` keys. [B, 1, N, H].
+    """softmax(scale q k) v of each row's query over its first `end_b` keys: [B, 1, N, H].
 
     Args:
       q_b1nj: [B, 1, N, J].
       k, v: stores of widths J and H.
-      layer: whose part of the stores is read.
+      layer: index of the layer in the stores.
       end_b: [B] int32, 1 or more.
       num_key_heads: K, over the whole mesh.
-      kernel: True: the TPU kernel, interpreted where there is no TPU; None: the best.
+      kernel: True: the TPU kernel, interpreted without a TPU; None: the fastest.
     """
     group = q_b1nj.shape[2] // num_key_heads
-    run = functools.partial(_on_device, group=group, scale=scale, kernel=kernel)
+    run = functools.partial(_local_attention, group=group, scale=scale, kernel=kernel)
     return shard_kernel(run, (q_b1nj, k, v, jnp.asarray(layer), end_b), out_like=0)
 
 
-def _on_device(q_b1nj, k, v, layer, end_b, group, scale, kernel):
+def _local_attention(q_b1nj, k, v, layer, end_b, group, scale, kernel):
     _, _, n, j = q_b1nj.shape
     num_heads = n, n // group
     length, width_v = v["values"].shape[2], v["values"].shape[3] // num_heads[1]
     options = {"num_heads": num_heads, "scale": scale}
-    in_xla = functools.partial(_in_xla, **options)
+    xla = functools.partial(_xla, **options)
     arrays = (q_b1nj, k, v, layer, end_b)
     if kernel is None and (j % LANES or width_v % LANES or length % LANES):
-        return in_xla(*arrays)
+        return xla(*arrays)
     pallas = functools.partial(_pallas, **options)
     if kernel:
-        in_xla = functools.partial(pallas, is_interpreted=True)
-    return jax.lax.platform_dependent(*arrays, tpu=pallas, default=in_xla)
+        xla = functools.partial(pallas, is_interpreted=True)
+    return jax.lax.platform_dependent(*arrays, tpu=pallas, default=xla)
 
 
-def _in_xla(q_b1nj, k, v, layer, end_b, num_heads, scale):
-    dot_in = product(q_b1nj.dtype)
+def _xla(q_b1nj, k, v, layer, end_b, num_heads, scale):
+    einsum = float32_einsum(q_b1nj.dtype)
     k_bsx, v_bsx = (_read(store, layer, q_b1nj.dtype) for store in (k, v))
-    scores_bsn = scale * dot_in("bsx,bnx->bsn", k_bsx, _spread_queries(q_b1nj, num_heads))
+    scores_bsn = scale * einsum("bsx,bnx->bsn", k_bsx, _spread_queries(q_b1nj, num_heads))
     mask_bs = jnp.arange(k_bsx.shape[1]) < end_b[:, None]
     p_bsn = jax.nn.softmax(jnp.where(mask_bs[..., None], scores_bsn, MASK_VALUE), axis=1)
-    z_bnx = dot_in("bsn,bsx->bnx", p_bsn.astype(v_bsx.dtype), v_bsx)
+    z_bnx = einsum("bsn,bsx->bnx", p_bsn.astype(v_bsx.dtype), v_bsx)
     return _gather_own_heads(z_bnx, num_heads).astype(q_b1nj.dtype)
 
 
 def _read(store: dict, layer, dtype) -> jax.Array:
-    """[B, S, K * width] of one layer."""
+    """The keys or values of one layer, dequantized: [B, S, K * width]."""
     part = jax.tree.map(
         lambda array: jax.lax.dynamic_index_in_dim(array, layer, keepdims=False), store
     )
@@ -80,13 +85,13 @@ def _read(store: dict, layer, dtype) -> jax.Array:
 
 
 def _spread_queries(q_b1nj: jax.Array, num_heads: tuple[int, int]) -> jax.Array:
-    """[B, N, K * J]: each query in its own key head's place, among zeros."""
+    """[B, N, K * J] block-diagonal: each query in the columns of its own key head, else zeros."""
     b, _, n, _ = q_b1nj.shape
     return jnp.where(_is_own_head(num_heads), q_b1nj[:, 0, :, None], 0).reshape(b, n, -1)
 
 
 def _gather_own_heads(z_bnx: jax.Array, num_heads: tuple[int, int]) -> jax.Array:
-    """[B, 1, N, H]: of [B, N, K * H], what is in each query's own key head's place."""
+    """[B, N, K * H] -> [B, 1, N, H]: the columns of each query's own key head."""
     b, n, _ = z_bnx.shape
     z_bnkh = z_bnx.reshape(b, n, num_heads[1], -1)
     return jnp.sum(jnp.where(_is_own_head(num_heads), z_bnkh, 0), axis=2)[:, None]
@@ -98,8 +103,8 @@ def _is_own_head(num_heads: tuple[int, int]) -> jax.Array:
 
 
 def _kernel(layer_ref, end_ref, *refs, scale, group):
-    *stores, z_ref, max_ref, sum_ref, acc_ref = refs
-    q_ref, k_ref, v_ref, *scales = stores
+    *inputs, z_ref, max_ref, sum_ref, acc_ref = refs
+    q_ref, k_ref, v_ref, *scales = inputs
     row, number = pl.program_id(0), pl.program_id(1)
     block = k_ref.shape[0]
 
@@ -112,9 +117,9 @@ def _kernel(layer_ref, end_ref, *refs, scale, group):
     @pl.when(number * block < end_ref[row])
     def _():
         q = q_ref[...]
-        scores_ns = scale * dot(q, k_ref[...].astype(q.dtype), _ROWS_BY_ROWS)
+        scores_ns = scale * dot(q, k_ref[...].astype(q.dtype), NT)
         if scales:
-            scores_ns *= _for_queries(scales[0][...], group)
+            scores_ns *= _repeat_for_queries(scales[0][...], group)
         key_ns = number * block + jax.lax.broadcasted_iota(jnp.int32, scores_ns.shape, 1)
         scores_ns = jnp.where(key_ns < end_ref[row], scores_ns, MASK_VALUE)
         running_max = jnp.maximum(max_ref[...], jnp.max(scores_ns, axis=1, keepdims=True))
@@ -123,17 +128,17 @@ def _kernel(layer_ref, end_ref, *refs, scale, group):
         max_ref[...] = running_max
         sum_ref[...] = rescale * sum_ref[...] + jnp.sum(p_ns, axis=1, keepdims=True)
         if scales:
-            p_ns *= _for_queries(scales[1][...], group)
+            p_ns *= _repeat_for_queries(scales[1][...], group)
         v = v_ref[...].astype(q.dtype)
-        acc_ref[...] = rescale * acc_ref[...] + dot(p_ns.astype(q.dtype), v, _PLAIN)
+        acc_ref[...] = rescale * acc_ref[...] + dot(p_ns.astype(q.dtype), v, NN)
 
     @pl.when(number == pl.num_programs(1) - 1)
     def _():
         z_ref[...] = acc_ref[...] / sum_ref[...]
 
 
-def _for_queries(scale_ks: jax.Array, group: int) -> jax.Array:
-    """[K, S] -> [N, S]: the scale of each query's own key head."""
+def _repeat_for_queries(scale_ks: jax.Array, group: int) -> jax.Array:
+    """[K, S] -> [N, S]: each query head gets the scale of its own key head."""
     k, s = scale_ks.shape
     return jnp.broadcast_to(scale_ks[:, None], (k, group, s)).reshape(k * group, s)
 
@@ -145,31 +150,31 @@ def _pallas(q_b1nj, k, v, layer, end_b, num_heads, scale, is_interpreted=False):
     length, width_v = v_values.shape[2:]
     block = next((size for size in BLOCKS if length % size == 0), length)
 
-    def last(number, row, end):
-        """A block behind the row's last one is not read: the last one is asked for again."""
+    def clamp(number, row, end):
+        """Past the row's last block, the last one again, so that nothing more is read."""
         return jnp.minimum(number, (end[row] - 1) // block)
 
-    def of_row(row, number, layer, end):
+    def row_map(row, number, layer, end):
         return row, 0, 0
 
-    def of_block(row, number, layer, end):
-        return layer[0], row, last(number, row, end), 0
+    def kv_map(row, number, layer, end):
+        return layer[0], row, clamp(number, row, end), 0
 
-    def of_scale(row, number, layer, end):
-        return layer[0], row, 0, last(number, row, end)
+    def scale_map(row, number, layer, end):
+        return layer[0], row, 0, clamp(number, row, end)
 
-    arrays, specs = [q_bnx, k_values, v_values], [pl.BlockSpec((None, n, width_k), of_row)]
-    specs += [pl.BlockSpec((None, None, block, width), of_block) for width in (width_k, width_v)]
+    arrays, specs = [q_bnx, k_values, v_values], [pl.BlockSpec((None, n, width_k), row_map)]
+    specs += [pl.BlockSpec((None, None, block, width), kv_map) for width in (width_k, width_v)]
     if "scale" in k:
         arrays += [k["scale"], v["scale"]]
-        specs += [pl.BlockSpec((None, None, num_heads[1], block), of_scale)] * 2
+        specs += [pl.BlockSpec((None, None, num_heads[1], block), scale_map)] * 2
     z_bnx = pl.pallas_call(
         functools.partial(_kernel, scale=scale, group=num_heads[0] // num_heads[1]),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(b, length // block),
             in_specs=specs,
-            out_specs=pl.BlockSpec((None, n, width_v), of_row),
+            out_specs=pl.BlockSpec((None, n, width_v), row_map),
             scratch_shapes=[
                 pltpu.VMEM((n, 1), jnp.float32),
                 pltpu.VMEM((n, 1), jnp.float32),

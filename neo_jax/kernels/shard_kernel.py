@@ -1,4 +1,4 @@
-"""Kernels see one device's part of an array: heads and rows split over a mesh, all else whole."""
+"""Runs a kernel on each device's shard: heads and rows are split over the mesh, nothing else."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,28 +7,28 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 
-def is_on_device() -> bool:
-    """Whether this runs on one device's part already, inside shard_map."""
+def is_fully_manual() -> bool:
+    """Whether all mesh axes are manual: arrays are then one device's shards, as in `shard_map`."""
     kinds = jax.sharding.get_abstract_mesh().axis_types
     return all(kind == AxisType.Manual for kind in kinds)
 
 
-def shard_kernel(local: Callable, arrays: Sequence, out_like: int) -> jax.Array:
-    """`local(*arrays)` on each device's parts, split as the arrays' types say.
+def shard_kernel(kernel: Callable, arrays: Sequence, out_like: int) -> jax.Array:
+    """`kernel(*arrays)` on each device's shards, split as the arrays' types say.
 
     Args:
       arrays: arrays, or trees of arrays.
-      out_like: the number of the array that the result is split like.
+      out_like: index of the array whose partition the result has.
     """
-    if is_on_device():
-        return local(*arrays)
+    if is_fully_manual():
+        return kernel(*arrays)
     in_specs = [partition(array) for array in arrays]
     run = jax.shard_map(
-        local, in_specs=tuple(in_specs), out_specs=in_specs[out_like], check_vma=False
+        kernel, in_specs=tuple(in_specs), out_specs=in_specs[out_like], check_vma=False
     )
     return run(*arrays)
 
 
 def partition(array) -> P:
-    """How an array, or each of a tree of arrays, is split over the mesh."""
+    """The partition of an array, or of each of a tree of arrays, over the mesh."""
     return jax.tree.map(lambda leaf: P(*jax.typeof(leaf).sharding.spec), array)

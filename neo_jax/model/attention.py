@@ -1,12 +1,17 @@
-"""THW attention: heads whose channels are divided among the three position axes.
+"""THW attention: the channels of a head are divided among the three position axes.
 
-A query or key head is J channels wide: T channels from `q_t`, H and W channels from `q_hw`, each
-part with its own norm and rotation. Channels are kept in halves, [T1 H1 W1 | T2 H2 W2], where a
-rotation turns a channel of the first half with the same channel of the second. Then all three
-rotations are one, and all three norms one product with a block-diagonal matrix.
+A query or key head has J channels: T channels from `q_t`, H and W channels from `q_hw`. Each axis
+has its own rotation, and its own norm. Channels are ordered in halves, and a rotation acts on
+channel i of both:
 
-The layouts differ in little: "expanded" has T and H/W of head_dim each; "fused" (U1) of
-head_dim / 2 each; "fused" and "expanded_merged_norm" have one norm over H and W together.
+    [T1 H1 W1 | T2 H2 W2]
+
+So the three rotations are one, and the three norms one product with a block-diagonal matrix.
+
+    qk_layout               T channels      H and W channels    norms
+    expanded                head_dim        head_dim            T, H, W
+    expanded_merged_norm    head_dim        head_dim            T, H and W together
+    fused                   head_dim / 2    head_dim / 2        T, H and W together
 """
 
 from collections.abc import Callable
@@ -14,20 +19,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from neo_jax.kernels.norm_rope import norm_rope
+from neo_jax.kernels.softmax_base import LN_2
 from neo_jax.model import layers
 from neo_jax.model_config import ModelConfig
 from neo_jax.sharding import spec
 
-SCALE = float(np.log(2))  # of scores q k: attention kernels count in powers of 2
-Rotary = tuple[jax.Array, jax.Array]
-# q [B, T, N, J], k [B, T, K, J], v [B, T, K, H] -> attended [B, T, N, H], and what to carry on.
-Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+Rotary = tuple[jax.Array, jax.Array]  # cos and sin, from rope.py
+# q [B, T, N, J], k [B, T, K, J], v [B, T, K, H] -> the attention output [B, T, N, H], and the cache
+# with these keys and values (None without a cache). The softmax is of LN_2 q k.
+AttentionFn = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
 class Attention(nnx.Module):
@@ -49,35 +54,34 @@ class Attention(nnx.Module):
         else:
             self.q_norm_hw, self.k_norm_hw = layers.ones(hw), layers.ones(hw)
 
-    def __call__(self, x_btd: jax.Array, rotary: Rotary, attend: Attend) -> tuple[jax.Array, Any]:
-        """[B, T, D] -> [B, T, D], and whatever `attend` wants carried on."""
-        z_btnh, carried = attend(*self.heads(x_btd, rotary))
+    def __call__(
+        self, x_btd: jax.Array, rotary: Rotary, attention_fn: AttentionFn
+    ) -> tuple[jax.Array, Any]:
+        """[B, T, D] -> [B, T, D], and the cache that `attention_fn` returns."""
+        z_btnh, cache = attention_fn(*self.qkv(x_btd, rotary))
         b, t, n, h = z_btnh.shape
         z_bti = z_btnh.reshape(b, t, n * h, out_sharding=spec("batch", None, "heads"))
-        out = spec("batch", None, None)
-        return layers.einsum(
-            "bti,id->btd",
-            z_bti,
-            _joined(layers.all_gather_params(self.o_nhd, z_btnh.dtype), 0),
-            out=out,
-        ), carried
+        o_id = _merge_head_dims(layers.all_gather_params(self.o_nhd, z_btnh.dtype), 0)
+        y_btd = layers.einsum("bti,id->btd", z_bti, o_id, out=spec("batch", None, None))
+        return y_btd, cache
 
-    def heads(self, x_btd: jax.Array, rotary: Rotary) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def qkv(self, x_btd: jax.Array, rotary: Rotary) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Normed and rotated queries [B, T, N, J] and keys [B, T, K, J]; values [B, T, K, H]."""
         with jax.named_scope("qkv"):
             q = _project(x_btd, self.q_t_dnh, self.q_hw_dnh)
             k = _project(x_btd, self.k_t_dkh, self.k_hw_dkh)
             (v_btkh,) = _project(x_btd, self.v_dkh)
         with jax.named_scope("norm_rope"):
-            shared = *rotary, _groups(self.cfg), self.cfg.rms_norm_eps
-            q_btnj = norm_rope(*q, self._scale("q"), *shared)
-            k_btkj = norm_rope(*k, self._scale("k"), *shared)
+            shared = *rotary, _norm_groups(self.cfg), self.cfg.rms_norm_eps
+            q_btnj = norm_rope(*q, self._norm_scale("q"), *shared)
+            k_btkj = norm_rope(*k, self._norm_scale("k"), *shared)
         return q_btnj, k_btkj, v_btkh
 
-    def _scale(self, which: str) -> jax.Array:
-        """[J] scale of the norms of queries or keys, in the heads' channel order.
+    def _norm_scale(self, which: str) -> jax.Array:
+        """[J] scale of the norms of queries or keys ("q" or "k"), in the heads' channel order.
 
-        Queries' has the softmax's factors in it, so that scores need no product of their own.
+        That of queries includes the scale of the softmax, 1 / sqrt(head_dim), and its change of
+        base (`softmax_base.py`), so that scores need no multiplication of their own.
         """
         if self.cfg.qk_layout == "expanded":
             h, w = getattr(self, which + "_norm_h"), getattr(self, which + "_norm_w")
@@ -86,24 +90,24 @@ class Attention(nnx.Module):
             hw = getattr(self, which + "_norm_hw")[...]
         t = getattr(self, which + "_norm_t")[...]
         scale_j = join_halves(t, hw).astype(jnp.float32)
-        return scale_j * (self.cfg.head_dim**-0.5 / SCALE) if which == "q" else scale_j
+        return scale_j * (self.cfg.head_dim**-0.5 / LN_2) if which == "q" else scale_j
 
 
-def _joined(weight: Any, first: int) -> Any:
-    """A whole weight with two dimensions, of heads and their channels, made one.
+def _merge_head_dims(weight: Any, first: int) -> Any:
+    """A gathered weight with the dimensions of heads and their channels merged into one.
 
-    As one, a product's result lies as the next kernel wants it; so does, for a single token, the
-    weight: of two dimensions, the CPU compiler would turn it round at every token.
+    A product then has the layout that the next kernel takes. With two dimensions, XLA:CPU would
+    also transpose the weight for every decoded token.
     """
 
-    def join(part):
-        if part.ndim == 2:  # the factor of an `LoraMatrix` that has no heads
+    def merge(part):
+        if part.ndim == 2:  # the factor of a `LoraMatrix` that has no heads
             return part
         shape, axes = part.shape, jax.typeof(part).sharding.spec
         out = P(*axes[: first + 1], *axes[first + 2 :])
         return part.reshape(*shape[:first], -1, *shape[first + 2 :], out_sharding=out)
 
-    return jax.tree.map(join, weight)
+    return jax.tree.map(merge, weight)
 
 
 def join_halves(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -113,25 +117,25 @@ def join_halves(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _project(x_btd: jax.Array, *weights: nnx.Param) -> list[jax.Array]:
-    """Heads [B, T, N, width] of each weight."""
+    """The products [B, T, N, width] of x with each weight."""
     b, t, d = x_btd.shape
     if b * t <= d:
         products = [layers.einsum("btd,dnh->btnh", x_btd, weight) for weight in weights]
         products = [checkpoint_name(product, "projected") for product in products]
-        # Else the CPU compiler computes products anew for each half of a head.
+        # Else XLA:CPU computes the products again for each half of a head.
         return jax.lax.optimization_barrier(products)
-    found = []
+    outputs = []
     for weight in weights:
         weight_dnh = layers.all_gather_params(weight, x_btd.dtype)
-        y_bti = layers.einsum("btd,di->bti", x_btd, _joined(weight_dnh, 1))
+        y_bti = layers.einsum("btd,di->bti", x_btd, _merge_head_dims(weight_dnh, 1))
         y_bti = checkpoint_name(y_bti, "projected")
         batch, time, heads = jax.typeof(y_bti).sharding.spec
         shape = (b, t, *weight_dnh.shape[1:])
-        found.append(y_bti.reshape(shape, out_sharding=P(batch, time, heads, None)))
-    return found
+        outputs.append(y_bti.reshape(shape, out_sharding=P(batch, time, heads, None)))
+    return outputs
 
 
-def _groups(c: ModelConfig) -> tuple[int, ...]:
+def _norm_groups(c: ModelConfig) -> tuple[int, ...]:
     """Widths of the channels in half a head that share a norm."""
     t, hw = c.t_width // 2, c.hw_width // 2
     return (t, hw // 2, hw // 2) if c.qk_layout == "expanded" else (t, hw)

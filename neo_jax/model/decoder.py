@@ -1,7 +1,7 @@
-"""The decoder's blocks and how a stack of them runs: one scan, optionally rematerialised.
+"""The decoder's blocks, and stacks of them with a remat policy.
 
-Pre-Buffer and post-LLM are two stacks of the same block; they see the same mask and differ in
-origin and in what a training stage trains.
+Pre-Buffer and post-LLM are two stacks of the same block, with the same mask. They differ in where
+their weights come from, and in which of them a training stage trains.
 """
 
 from collections.abc import Callable
@@ -12,12 +12,13 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from neo_jax.model import layer_stack, layers
-from neo_jax.model.attention import Attend, Attention, Rotary
+from neo_jax.model.attention import Attention, AttentionFn, Rotary
 from neo_jax.model_config import ModelConfig
 from neo_jax.sharding import spec
 
-# What the backward pass keeps of a block beside its input, least first; with "none" everything.
-# Heads before their norms, not after: the norms' own backward pass asks for those.
+# Remat policies: the activations of a block that are saved for the backward pass, beside its input.
+# Least memory first; with "none" all are saved. "projected" is q, k and v before their norms, which
+# the backward pass of the norms needs.
 SAVED_NAMES = {
     "full": (),
     "attention": ("attn_out", "log_sum"),
@@ -56,33 +57,36 @@ class Block(nnx.Module):
         self.mlp_norm = layers.ones(c.hidden_size)
         self.mlp = Mlp(c, rngs=rngs)
 
-    def __call__(self, x_btd: jax.Array, rotary: Rotary, attend: Attend) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, x_btd: jax.Array, rotary: Rotary, attention_fn: AttentionFn
+    ) -> tuple[jax.Array, Any]:
+        """[B, T, D] -> [B, T, D], and the cache that `attention_fn` returns."""
         eps = self.cfg.rms_norm_eps
         with jax.named_scope("attention"):
             y_btd = layers.rms_norm(x_btd, self.attention_norm, eps)
-            y_btd, carried = self.attention(y_btd, rotary, attend)
-        x_btd = layers.in_order(x_btd + y_btd)
+            y_btd, cache = self.attention(y_btd, rotary, attention_fn)
+        x_btd = layers.row_major(x_btd + y_btd)
         with jax.named_scope("mlp"):
             x_btd = x_btd + self.mlp(layers.rms_norm(x_btd, self.mlp_norm, eps))
-        return layers.in_order(x_btd), carried
+        return layers.row_major(x_btd), cache
 
 
-def stack(c: ModelConfig, rngs: nnx.Rngs, size: int) -> Block:
-    """`size` blocks as one whose parameters have a leading layer axis."""
-    keys = jax.random.split(rngs.params(), size)
+def make_stack(c: ModelConfig, rngs: nnx.Rngs, num_layers: int) -> Block:
+    """A stack of blocks: one `Block` whose parameters have a leading layer axis."""
+    keys = jax.random.split(rngs.params(), num_layers)
     return jax.vmap(lambda key: Block(c, rngs=nnx.Rngs(key)))(keys)
 
 
-def run(
+def run_stack(
     blocks: Block, x_btd: jax.Array, body: Callable, carry: Any = None, remat: str = "none"
 ) -> tuple[jax.Array, Any, Any]:
-    """Runs `body` for each block of a stack; see `layer_stack.run_layers`.
+    """Runs `body` for each block of a stack, under a remat policy; see `layer_stack.run_layers`.
 
     Args:
-      blocks: from `stack`.
+      blocks: from `make_stack`.
       x_btd: [B, T, D].
       body: (block, layer index, x_btd, carry) -> x_btd, carry, output.
-      carry: what blocks hand on besides x, such as a cache that is written in place.
+      carry: what else the blocks hand on, such as a cache that is written in place.
       remat: a name in REMAT_POLICIES.
 
     Returns:

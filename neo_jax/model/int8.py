@@ -1,9 +1,9 @@
 """Weight-only int8: half the bytes of bfloat16, so that a 9B model fits a 16 GB device.
 
-An `Int8Matrix` stands in the parameters where an array would. It is int8 in memory and while
-shards are gathered. A product (`layers.einsum`) takes the whole numbers, which bfloat16 holds
-exactly, and scales the result; the embedding lookup turns only the rows it takes into floats.
-Norms, biases and the patch embedding stay as they are.
+An `Int8Matrix` takes the place of an array in the parameters. It is int8 in memory and during the
+all-gather. A product (`layers.einsum`) takes the integers, which bfloat16 holds exactly, and scales
+the result. The embedding lookup dequantizes only the rows that it takes. Norms, biases and the
+patch embedding are not quantized.
 """
 
 import dataclasses
@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-# The matrices that become int8, and which of their last dimensions a product sums over.
-SUMMED = {
+# The matrices that become int8, and their contracting dimensions in a product, from the last.
+CONTRACTING_DIMS = {
     "q_t_dnh": (-3,),
     "q_hw_dnh": (-3,),
     "k_t_dkh": (-3,),
@@ -32,11 +32,11 @@ SUMMED = {
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Int8Matrix:
-    """The matrix values * scale, or a stack of them.
+    """The matrix values * scale, or a stack of such matrices.
 
     Attributes:
       values: int8, of the matrix's shape.
-      scale: float32, one per output channel: as `values`, but 1 wide where a product sums.
+      scale: float32, one per output channel: shaped as `values`, but 1 in contracting dimensions.
     """
 
     values: jax.Array
@@ -51,22 +51,24 @@ class Int8Matrix:
         return jax.tree.map(lambda part: part[index], self)
 
     def astype(self, dtype: str) -> jax.Array:
-        """As floating point: for the few rows of a lookup, not for a whole matrix."""
+        """Dequantized: for the few rows of a lookup, not for a whole matrix."""
         return (self.values * self.scale).astype(dtype)
 
 
 def as_int8(params: dict) -> dict:
-    """What `abstract_params` gives, with the matrices of SUMMED as `Int8Matrix`.
+    """The shapes of `abstract_params` with the matrices of CONTRACTING_DIMS as `Int8Matrix`.
 
     Values are split over the mesh as the matrix was, scales as its output channels.
     """
 
     def convert(path, leaf):
-        if path[-1].key not in SUMMED:
+        if path[-1].key not in CONTRACTING_DIMS:
             return leaf
-        summed = [axis + len(leaf.shape) for axis in SUMMED[path[-1].key]]
-        shape = [1 if axis in summed else size for axis, size in enumerate(leaf.shape)]
-        partition = [None if i in summed else name for i, name in enumerate(leaf.sharding.spec)]
+        contracting = [axis + len(leaf.shape) for axis in CONTRACTING_DIMS[path[-1].key]]
+        shape = [1 if axis in contracting else size for axis, size in enumerate(leaf.shape)]
+        partition = [
+            None if i in contracting else name for i, name in enumerate(leaf.sharding.spec)
+        ]
         sharding = NamedSharding(leaf.sharding.mesh, P(*partition))
         return Int8Matrix(
             jax.ShapeDtypeStruct(leaf.shape, jnp.int8, sharding=leaf.sharding),

@@ -1,13 +1,19 @@
 """The key-value cache: fixed-shape arrays, a row (slot) per running request.
 
-A cache is a dict. `pre_buffer` and `post_llm` hold {"k": [l, B, S, K * J], "v": [l, B, S, K * H]}
-of their l layers; `length_b` says how many places of each row are taken, and `t_b` is the T
-position of the row's next token. Rows fill from the left without gaps, so what a new token sees is
-the interval [0, length], and the attention rule of training serves unchanged. Time comes before
-heads, so that one token's keys are one run of memory and are written in place.
+A cache is a dict:
 
-Such an array is the `values` of a dict. With int8 there is `scale` beside it, [l, B, K, S] float32,
-one for a token and a head; of [.., S, K] a TPU would fill up K to 128.
+    pre_buffer, post_llm    {"k": store, "v": store} of the stack's l layers
+    length_b [B]            number of cached tokens of each row
+    t_b [B]                 T position of the row's next token
+
+Each of k and v is a dict with `values` and, for int8, `scale` (a `Store`):
+
+    values [l, B, S, K * width]    width J of keys, H of values
+    scale [l, B, K, S] float32     of a token and a head; as [.., S, K], a TPU would pad K to 128
+
+Rows fill from the left without gaps. So a new token sees the interval [0, length], and attention is
+that of training. Time comes before heads, so that one token's keys are contiguous and are written
+in place.
 """
 
 import functools
@@ -18,12 +24,12 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from neo_jax.model import layer_stack
-from neo_jax.model.layers import in_order
+from neo_jax.model.layers import row_major
 from neo_jax.model_config import ModelConfig
 from neo_jax.sharding import spec
 
 Cache = dict[str, Any]
-Store = dict[str, Any]  # values [l, B, S, K * width], and for int8 their scale
+Store = dict[str, Any]
 
 STACKS = ("pre_buffer", "post_llm")
 KV_DTYPES = ("bfloat16", "float32", "int8")
@@ -32,7 +38,7 @@ KV_DTYPES = ("bfloat16", "float32", "int8")
 def empty(c: ModelConfig, params: dict, rows: int, length: int, kv_dtype: str) -> Cache:
     """A cache with no tokens in it. Call it inside jit, under the mesh.
 
-    `params`: their stacks of layers say whether those of the cache are stacked (`layer_stack.py`).
+    Its layers are stacked or not as those of `params` are (`layer_stack.py`).
     """
 
     def zeros(shape, dtype, which):
@@ -55,7 +61,7 @@ def empty(c: ModelConfig, params: dict, rows: int, length: int, kv_dtype: str) -
 
 
 def num_bytes(c: ModelConfig, kv_dtype: str) -> int:
-    """Bytes that one token takes in the cache, over all devices."""
+    """Bytes of one token in the cache, over all devices."""
     numbers = c.num_key_value_heads * (c.qk_width + c.head_dim)
     if kv_dtype == "int8":
         return c.num_layers * (numbers + 2 * 4 * c.num_key_value_heads)
@@ -63,22 +69,22 @@ def num_bytes(c: ModelConfig, kv_dtype: str) -> int:
 
 
 def length(cache: Cache) -> int:
-    """S: for how many tokens each row has room."""
+    """S: the number of tokens that a row can hold."""
     return jax.tree.leaves(cache["post_llm"]["k"]["values"])[0].shape[2]
 
 
 def write_token(store: Store, new_b1: jax.Array, layer: jax.Array, place_b: jax.Array) -> Store:
-    """Puts one token's [B, 1, K, width] into a layer, at each row's place."""
+    """Writes one token [B, 1, K, width] of each row into a layer, at `place_b`."""
 
     def write(which, old, new, layer, place_b):
-        if old.shape[1] == 1:  # of a single update XLA makes something that copies the store
+        if old.shape[1] == 1:  # XLA does not update in place for a single scatter index
             new, place_b = jnp.tile(new, (2, 1, 1)), jnp.tile(place_b, 2)
         row_b = jnp.arange(len(place_b)) % old.shape[1]
         if which == "scale":
             return old.at[layer, row_b, :, place_b].set(new[..., 0], mode="promise_in_bounds")
         return old.at[layer, row_b, place_b].set(new[:, 0], mode="promise_in_bounds")
 
-    return _written(write, store, new_b1, layer, place_b)
+    return _write(write, store, new_b1, layer, place_b)
 
 
 def write_chunk(
@@ -89,7 +95,7 @@ def write_chunk(
     start_r: jax.Array,
     count_r: jax.Array,
 ) -> Store:
-    """Puts the first `count_r` of [R, T, K, width] into a layer, at places `start_r` of `slot_r`.
+    """Writes the first `count_r` of [R, T, K, width] into a layer, at `start_r` of `slot_r`.
 
     Slots are numbered on each device of the batch axes. A row with count 0 changes nothing.
     """
@@ -101,7 +107,7 @@ def write_chunk(
         length = new.shape[1 + time]
 
         def write_row(r, old):
-            # A window that would stick out at the end begins earlier, its content shifted.
+            # A window that would pass the end starts earlier, and its tokens are shifted.
             start = jnp.minimum(start_r[r], old.shape[2 + time] - length)
             shift = start_r[r] - start
             index = (layer, slot_r[r], *((0, start) if time else (start, 0)))
@@ -110,38 +116,41 @@ def write_chunk(
             is_new_t = (place_t >= 0) & (place_t < count_r[r])
             is_new = is_new_t[None] if time else is_new_t[:, None]
             window = jnp.where(is_new, jnp.roll(new[r], shift, axis=time), window)
-            return jax.lax.dynamic_update_slice(old, in_order(window), index)
+            return jax.lax.dynamic_update_slice(old, row_major(window), index)
 
         return jax.lax.fori_loop(0, new.shape[0], write_row, old)
 
     def scatter(old, new, layer, slot_r, start_r, count_r):
-        # Windows that begin anywhere suit other tiles than an int8 store has: a TPU would copy it.
+        # An int8 store has tiles that windows at any offset do not fit: a TPU would copy the store.
         token_t = jnp.arange(new.shape[1])
         is_new_rt = token_t < count_r[:, None]
         place_rt = jnp.where(is_new_rt, start_r[:, None] + token_t, old.shape[2])
         return old.at[layer, slot_r[:, None], place_rt].set(new, mode="drop")
 
-    return _written(write, store, new_rt, layer, slot_r, start_r, count_r)
+    return _write(write, store, new_rt, layer, slot_r, start_r, count_r)
 
 
 def read_slot(
     store: Store, layer: jax.Array, slot: jax.Array, num_heads: int, dtype: str
 ) -> jax.Array:
-    """[1, S, K, width] of one layer and slot. For use inside shard_map, where K is `num_heads`."""
+    """Keys or values [1, S, K, width] of one layer and slot.
+
+    For use inside shard_map, where K is `num_heads`.
+    """
 
     def row(array):
         index = (layer, slot, 0, 0)
-        return in_order(jax.lax.dynamic_slice(array, index, (1, 1, *array.shape[2:]))[0])
+        return row_major(jax.lax.dynamic_slice(array, index, (1, 1, *array.shape[2:]))[0])
 
-    found = jax.tree.map(row, store)
-    values = found["values"].reshape(*found["values"].shape[:2], num_heads, -1)
-    if "scale" in found:
-        values = values * found["scale"].swapaxes(1, 2)[..., None]
+    part = jax.tree.map(row, store)
+    values = part["values"].reshape(*part["values"].shape[:2], num_heads, -1)
+    if "scale" in part:
+        values = values * part["scale"].swapaxes(1, 2)[..., None]
     return values.astype(dtype)
 
 
 def copy_slot(cache: Cache, from_d: jax.Array, to_d: jax.Array) -> Cache:
-    """Copies keys and values of one slot to another, on each device of the batch axes its own."""
+    """Copies keys and values of slot `from_d` to slot `to_d`, on each device of the batch axes."""
 
     def copy(array, from_d, to_d):
         row = jax.lax.dynamic_slice_in_dim(array, from_d[0], 1, axis=1)
@@ -158,7 +167,7 @@ def copy_slot(cache: Cache, from_d: jax.Array, to_d: jax.Array) -> Cache:
 
 
 def put_rows(array_b: jax.Array, new_r: jax.Array, slot_r: jax.Array, is_valid_r: jax.Array):
-    """[B, ...] with the valid rows of [R, ...] put into their slots."""
+    """[B, ...] with the valid rows of [R, ...] written to their slots."""
 
     def put(array, new, slot_r, is_valid_r):
         def put_row(r, array):
@@ -178,7 +187,7 @@ _NAMES = {"values": (None, "batch", None, "heads"), "scale": (None, "batch", "he
 
 
 def partition(stores: Any) -> Any:
-    """How the arrays of a store, or of a tree of stores, are split over the mesh."""
+    """The partitions of the arrays of a store, or of a tree of stores."""
 
     def split(path, _):
         (which,) = (entry.key for entry in path if getattr(entry, "key", None) in _NAMES)
@@ -187,8 +196,8 @@ def partition(stores: Any) -> Any:
     return jax.tree_util.tree_map_with_path(split, stores)
 
 
-def _written(write, store: Store, new: jax.Array, *arguments: jax.Array) -> Store:
-    """`write(which, array, new, *arguments)` of each array of a store, on each device's part."""
+def _write(write, store: Store, new: jax.Array, *arguments: jax.Array) -> Store:
+    """Runs `write(which, array, new, *arguments)` for each array of a store, on each device."""
 
     def run(which, old, new):
         of_old = spec(*_NAMES[which])
@@ -197,21 +206,22 @@ def _written(write, store: Store, new: jax.Array, *arguments: jax.Array) -> Stor
         local = jax.shard_map(local, in_specs=in_specs, out_specs=of_old, check_vma=False)
         return local(old, new, *arguments)
 
-    encoded = _encoded(new, store)
-    return {which: run(which, store[which], encoded[which]) for which in store}
+    new_arrays = _encode(new, store)
+    return {which: run(which, store[which], new_arrays[which]) for which in store}
 
 
-def _encoded(new_btkw: jax.Array, store: Store) -> Store:
-    """New keys or values as a store has them: values [B, T, K * width], scale [B, K, T]."""
+def _encode(new_btkw: jax.Array, store: Store) -> Store:
+    """New keys or values in the format of a store: values [B, T, K * width], scale [B, K, T]."""
     if "scale" not in store:
-        return {"values": _together(new_btkw.astype(store["values"].dtype))}
+        return {"values": _merge_heads(new_btkw.astype(store["values"].dtype))}
     new_btkw = new_btkw.astype(jnp.float32)
     scale_btk = jnp.maximum(jnp.max(jnp.abs(new_btkw), axis=-1), 1e-30) / 127
     values = jnp.round(new_btkw / scale_btk[..., None]).astype(jnp.int8)
-    return {"values": _together(values), "scale": scale_btk.swapaxes(1, 2)}
+    return {"values": _merge_heads(values), "scale": scale_btk.swapaxes(1, 2)}
 
 
-def _together(array_btkw: jax.Array) -> jax.Array:
+def _merge_heads(array_btkw: jax.Array) -> jax.Array:
+    """[B, T, K, width] -> [B, T, K * width]."""
     b, t, k, width = array_btkw.shape
     batch, time, heads, _ = jax.typeof(array_btkw).sharding.spec
     return array_btkw.reshape(b, t, k * width, out_sharding=P(batch, time, heads))

@@ -1,11 +1,12 @@
-"""A stack of layers: its parameters, or its part of a cache, and how it runs.
+"""Stacked and unstacked layers: the parameters of a stack, or its part of a cache, and its loop.
 
-    stacked      one array [l, ...] for all layers; run by one `lax.scan`
-    unstacked    one array [...] per layer (`UnstackedLayers`); run by a Python loop
+    stacked      one array [l, ...] for all layers           one `lax.scan`
+    unstacked    one array [...] per layer                   a Python loop
+                 (`UnstackedLayers`, in place of an array)
 
-Models are stacked, which compiles once for all layers. For inference a CPU wants them unstacked: it
-computes with an array where it lies, but first copies a layer out of a stack, which takes longer
-than a decoded token's products with it. Only this file knows which of the two a tree is.
+Layers are stacked, so that one layer is compiled for all. For inference on a CPU they are
+unstacked: XLA:CPU copies a layer out of a stack before it computes, which takes longer than a
+decoded token's products. Only this file knows which of the two a tree is.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ from neo_jax.model.int8 import Int8Matrix
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class UnstackedLayers:
-    """The arrays of a stack's layers, in the place of one array."""
+    """One array per layer, in place of one array for all layers."""
 
     layers: tuple[Any, ...]
 
@@ -33,13 +34,13 @@ class UnstackedLayers:
 
 
 def place_for_inference(stack: Any, mesh: Mesh) -> Any:
-    """A tree of stacked parameters as inference on this mesh reads it best."""
+    """Stacked parameters, unstacked if the mesh is one CPU device, where that decodes faster."""
     is_one_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
     return unstack_layers(stack) if is_one_cpu else stack
 
 
 def unstack_layers(stack: Any) -> Any:
-    """The tree with `UnstackedLayers` for each array. On one CPU device nothing is copied."""
+    """The tree with `UnstackedLayers` in place of arrays. On one CPU device nothing is copied."""
 
     def split(array):
         parts = np.asarray(array)
@@ -55,11 +56,11 @@ def unstack_layers(stack: Any) -> Any:
 
 
 def make_like(stack: Any, make: Callable[[int], Any]) -> Any:
-    """A tree of arrays, stacked or not as `stack` is, such as the cache of its layers.
+    """A tree of arrays that is stacked or not as `stack` is, such as the cache of its layers.
 
     Args:
       stack: the parameters of a stack.
-      make: number of layers -> a tree of arrays [that number, ...].
+      make: (number of layers) -> a tree of arrays whose first dimension is that number.
     """
     if not is_unstacked(stack):
         return make(num_layers(stack))
@@ -68,11 +69,13 @@ def make_like(stack: Any, make: Callable[[int], Any]) -> Any:
 
 
 def num_layers(stack: Any) -> int:
+    """The number of layers of a stack, stacked or not."""
     first = jax.tree.leaves(stack, is_leaf=_is_unstacked_leaf)[0]
     return len(first.layers) if _is_unstacked_leaf(first) else first.shape[0]
 
 
 def is_unstacked(stack: Any) -> bool:
+    """Whether any array of the tree is an `UnstackedLayers`."""
     return any(map(_is_unstacked_leaf, jax.tree.leaves(stack, is_leaf=_is_unstacked_leaf)))
 
 
@@ -83,15 +86,15 @@ def run_layers(
     carry: Any = None,
     wrap: Callable[[Callable], Callable] = lambda step: step,
 ) -> tuple[jax.Array, Any, Any]:
-    """Runs `body` for one layer after the other.
+    """Runs `body` for one layer after another.
 
     Args:
       stack: parameters of the layers.
       x: what the layers hand on.
       body: (a layer's parameters, layer index, x, carry) -> x, carry, output.
       carry: what else the layers hand on, such as a cache that is written in place; stacked or not
-        as `stack` is. Unstacked, a layer gets its own part of it, and 0 as the layer index.
-      wrap: around a stacked layer, such as `jax.checkpoint`.
+        as `stack` is. If unstacked, `body` gets only the layer's part of it, with layer index 0.
+      wrap: a transformation of the scan's body, such as `jax.checkpoint`.
 
     Returns:
       x, the last carry, and the outputs stacked on a leading layer axis.
@@ -109,14 +112,13 @@ def run_layers(
 
 
 def _run_unstacked(stack: Any, x: jax.Array, body: Callable, carry: Any):
+    def select(tree, index):
+        return jax.tree.map(lambda leaf: leaf.layers[index], tree, is_leaf=_is_unstacked_leaf)
+
     carries, outputs = [], []
-    for number in range(num_layers(stack)):
-        layer, own = (
-            jax.tree.map(lambda leaf: leaf.layers[number], tree, is_leaf=_is_unstacked_leaf)  # noqa: B023
-            for tree in (stack, carry)
-        )
-        x, own, output = body(layer, 0, x, own)
-        carries.append(own)
+    for index in range(num_layers(stack)):
+        x, layer_carry, output = body(select(stack, index), 0, x, select(carry, index))
+        carries.append(layer_carry)
         outputs.append(output)
     carry = jax.tree.map(lambda *layers: UnstackedLayers(layers), *carries)
     return x, carry, jax.tree.map(lambda *layers: jnp.stack(layers), *outputs)

@@ -1,4 +1,4 @@
-"""The few pieces that every module of the model is made of: parameters, products, norms, rotation.
+"""What the model's modules share: parameters, products with weights, norms, rotation.
 
 Dimension letters, the same in every name and einsum: b batch, t / s query / key position,
 d hidden, n / k query / kv heads, h value head, j query-key head, f feed-forward, v vocabulary,
@@ -31,7 +31,7 @@ def matrix(rngs: nnx.Rngs, shape: tuple[int, ...], *names: str | None) -> nnx.Pa
 
 
 def uniform(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, *names: str | None) -> nnx.Param:
-    """A parameter drawn from U(+-1/sqrt(fan_in)), as convolutions start."""
+    """A parameter drawn from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as PyTorch's convolutions."""
     bound = fan_in**-0.5
     value = jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
     return nnx.Param(value, out_sharding=partition_spec(*names))
@@ -43,9 +43,9 @@ def ones(size: int) -> nnx.Param:
 
 
 def all_gather_params(weight: nnx.Param | Weight, dtype: str) -> Weight:
-    """A weight ready to compute with: cast, then gathered over `fsdp`, so half the bytes move.
+    """A weight ready to compute with: cast to `dtype`, then all-gathered over `fsdp`.
 
-    An int8 matrix is gathered as it is.
+    The cast comes first because bfloat16 has half the bytes to move. An int8 matrix is not cast.
     """
     partition = weight.get_metadata("out_sharding") if isinstance(weight, nnx.Param) else P()
     weight = weight[...]
@@ -72,12 +72,13 @@ def einsum(
 ) -> jax.Array:
     """A product of activations and a weight, in `dtype`; default: the activations' type.
 
-    Float32 really is float32: TPUs and GPUs would otherwise round the factors first. The scales
-    of an int8 weight multiply the product, whose last dimensions are the weight's outputs.
+    The weight is all-gathered first. Float32 factors are not rounded, as TPUs and GPUs would do by
+    default. The scales of an int8 weight multiply the product, whose last dimensions are the
+    weight's outputs.
     """
     weight, scale = all_gather_params(weight, x.dtype), None
     if isinstance(weight, LoraMatrix):
-        return lora.product(equation, x, weight, dtype or x.dtype)
+        return lora.einsum(equation, x, weight, dtype or x.dtype)
     if isinstance(weight, Int8Matrix):
         letters, kept = equation.split(",")[1].split("->")
         contracted = [axis for axis, letter in enumerate(letters) if letter not in kept]
@@ -89,7 +90,7 @@ def einsum(
     )
     if equation.startswith("bt") and weight.ndim == 2 and x.shape[1] == 1 and _is_one_row(x):
         y = jax.lax.platform_dependent(
-            x, weight, tpu=functools.partial(_with_two_rows, product), default=product
+            x, weight, tpu=functools.partial(_product_of_two_rows, product), default=product
         )
     else:
         y = product(x, weight)
@@ -101,31 +102,39 @@ def _is_one_row(x: jax.Array) -> bool:
     return jax.typeof(x).sharding.shard_shape(x.shape)[0] == 1
 
 
-def _with_two_rows(product: Callable, x: jax.Array, weight: jax.Array) -> jax.Array:
-    """A product of one row [1, 1, ...]. Of one row alone the TPU compiler makes no work for the
-    matrix unit, and reads the weight at less than half of the memory's bandwidth."""
+def _product_of_two_rows(product: Callable, x: jax.Array, weight: jax.Array) -> jax.Array:
+    """A product of one row [1, 1, ...], computed with the row twice.
+
+    XLA:TPU does not use the matrix unit for a single row, and then reads the weight at less than
+    half of the memory's bandwidth.
+    """
     two = jax.lax.optimization_barrier(jnp.concatenate([x, x], axis=1))
     return product(two, weight)[:, :1]
 
 
-def in_order(array: jax.Array) -> jax.Array:
-    """The array, its last dimension contiguous. Of one row per device a TPU would rather keep
-    tokens so, which suits products but is slow for all that is not; of a part of a cache, another
-    order that suits attention is then made of that part alone, not of the whole cache."""
+def row_major(array: jax.Array) -> jax.Array:
+    """Forces row-major layout.
+
+    With one row per device, XLA:TPU would otherwise choose a layout that is slow for everything but
+    matmuls. For a slice of a cache, it would otherwise change the layout of the whole cache to one
+    that suits attention; with this, only that of the slice.
+    """
     return with_layout_constraint(array, Layout(tuple(range(array.ndim))))
 
 
 def take_rows(table: jax.Array | Int8Matrix, index: jax.Array, dtype: str) -> jax.Array:
-    """Rows [..., D] of a table as `all_gather_params` gives it; only they become floats."""
+    """Rows [..., D] of a table from `all_gather_params`; only they are dequantized."""
     if index.size == 1 and isinstance(table, Int8Matrix):
-        # For a single row the TPU compiler would first copy an int8 table to other tiles.
+        # For a single row, XLA:TPU would first copy the whole int8 table to another tiling.
         return take_rows(table, jnp.stack([index, index]), dtype)[0]
     return (table[index] if isinstance(table, Int8Matrix) else _rows(table, index)).astype(dtype)
 
 
 def _rows(table: jax.Array, index: jax.Array) -> jax.Array:
-    """Rows of a table. A row's gradient is summed in float32: a newline is taken a thousand times,
-    and a sum in bfloat16 stops growing at the 256th equal summand."""
+    """Rows of a table, whose gradients are summed in float32.
+
+    A batch has a thousand newlines, and a sum in bfloat16 stops growing at the 256th equal summand.
+    """
 
     @jax.custom_vjp
     def rows(table, index):
@@ -148,6 +157,6 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turns the pairs (i, i + half) of the last axis by their angles; cos, sin [..., half]."""
+    """Rotates the pairs (i, i + half) of the last axis by their angles; cos, sin [..., half]."""
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -1,8 +1,11 @@
-"""Low-rank adaptation: a frozen matrix and two small factors that are trained.
+"""LoRA, low-rank adaptation: a frozen matrix and two small factors that are trained.
 
-`LoraMatrix` stands in the parameters where the matrix would, as `Int8Matrix` does; a product
-with it (`layers.einsum`) is x matrix + scale * (x a) b. For a matrix [in..., out...], `a` is
-[in..., r] and `b` is [r, out...]; `b` starts at zero, so training starts from the matrix itself.
+A `LoraMatrix` takes the place of the matrix in the parameters, as an `Int8Matrix` does:
+
+    matrix [in..., out...]      a [in..., r]      b [r, out...]
+    `layers.einsum`:            x matrix + scale * (x a) b
+
+`b` starts at zero, so training starts from the matrix itself.
 """
 
 import dataclasses
@@ -17,13 +20,13 @@ from flax import traverse_util
 from jax.sharding import PartitionSpec as P
 
 from neo_jax.errors import InputError
-from neo_jax.model.int8 import SUMMED
+from neo_jax.model.int8 import CONTRACTING_DIMS
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LoraMatrix:
-    """matrix + scale * a b, or a stack of them."""
+    """matrix + scale * a b, or a stack of such matrices."""
 
     matrix: jax.Array
     a: jax.Array
@@ -38,93 +41,101 @@ class LoraMatrix:
         return self if index is Ellipsis else jax.tree.map(lambda part: part[index], self)
 
     def partitions(self, partition: P) -> "LoraMatrix":
-        """Those of one layer's parts, for a matrix that is split so."""
-        outputs = self.a.ndim - 1  # where they begin
-        a, b = P(*partition[:outputs], None), P(None, *partition[outputs:])
+        """The partitions of matrix, a and b of one layer, from that of the matrix."""
+        num_inputs = self.a.ndim - 1
+        a, b = P(*partition[:num_inputs], None), P(None, *partition[num_inputs:])
         return dataclasses.replace(self, matrix=partition, a=a, b=b)
 
 
-def product(equation: str, x: jax.Array, weight: LoraMatrix, dtype: str) -> jax.Array:
-    """x matrix + scale * (x a) b in `dtype`, where `equation` is of x and the matrix.
+def einsum(equation: str, x: jax.Array, weight: LoraMatrix, dtype: str) -> jax.Array:
+    """x matrix + scale * (x a) b in `dtype`.
 
     Args:
-      equation: its product sums over the last dimension of x and the first of the matrix.
-      weight: whole over fsdp. The product's rows are split as x is, its outputs as the matrix.
+      equation: of x and the matrix; contracts the last dimension of x and the first of the matrix.
+      weight: all-gathered over fsdp. The product's rows are split as x is, its outputs as the
+        matrix.
 
-    At first the change is far below the rounding of bfloat16, of the matrix and of the product, so
-    the two terms are added in float32. Gradients are those of products in x's type. Where devices
-    have terms of a sum, of the product or of a gradient, they exchange it once, not for each term.
+    The two terms are added in float32: at first (x a) b is far below the rounding of bfloat16, of
+    the matrix and of the product. Gradients are those of products in x's type. Partial sums over
+    devices are added first, so that a product or a gradient has one psum and not one per term.
     """
     letters = equation.split(",")[0]
-    into = f"{letters},{letters[-1]}r->{letters[:-1]}r"
-    out_of = equation.replace(letters[-1], "r")
+    to_rank = f"{letters},{letters[-1]}r->{letters[:-1]}r"
+    from_rank = equation.replace(letters[-1], "r")
     of_x, of_weight = jax.tree.map(lambda part: jax.typeof(part).sharding.spec, (x, weight))
     of_y = P(*of_x[:-1], *of_weight.matrix[1:])
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     multiply = functools.partial(jnp.einsum, precision=precision)
 
     def terms(x, weight, dtype):
-        change = multiply(out_of, multiply(into, x, weight.a) * weight.scale, weight.b)
+        change = multiply(from_rank, multiply(to_rank, x, weight.a) * weight.scale, weight.b)
         return multiply(equation, x, weight.matrix, preferred_element_type=dtype) + change
 
-    def summed(part, partition):
-        others = _axes(of_x, of_weight.matrix) - _axes(partition)
-        return jax.lax.psum(part, tuple(sorted(others)))
+    def psum(part, partition):
+        contracted = _mesh_axes(of_x, of_weight.matrix) - _mesh_axes(partition)
+        return jax.lax.psum(part, tuple(sorted(contracted)))
 
     def forward(x, weight):
-        return summed(terms(x, weight, jnp.float32).astype(dtype), of_y)
+        return psum(terms(x, weight, jnp.float32).astype(dtype), of_y)
 
     def backward(x, weight, dy):
         _, gradients = jax.vjp(functools.partial(terms, dtype=x.dtype), x, weight)
-        return jax.tree.map(summed, gradients(dy.astype(x.dtype)), (of_x, of_weight))
+        return jax.tree.map(psum, gradients(dy.astype(x.dtype)), (of_x, of_weight))
 
-    given, local = (of_x, of_weight), functools.partial(jax.shard_map, check_vma=False)
-    run = jax.custom_vjp(local(forward, in_specs=given, out_specs=of_y))
-    pull = local(backward, in_specs=(*given, of_y), out_specs=given)
-    run.defvjp(lambda *kept: (run(*kept), kept), lambda kept, dy: pull(*kept, dy))
+    in_specs, shard_map = (of_x, of_weight), functools.partial(jax.shard_map, check_vma=False)
+    run = jax.custom_vjp(shard_map(forward, in_specs=in_specs, out_specs=of_y))
+    run_backward = shard_map(backward, in_specs=(*in_specs, of_y), out_specs=in_specs)
+    run.defvjp(lambda *saved: (run(*saved), saved), lambda saved, dy: run_backward(*saved, dy))
     return run(x, weight)
 
 
-def _axes(*partitions: P) -> set[str]:
-    """Those of the mesh that partitions name."""
+def _mesh_axes(*partitions: P) -> set[str]:
+    """The mesh axes that partitions name."""
     entries = [entry for partition in partitions for entry in partition if entry]
     return set().union(*(entry if isinstance(entry, tuple) else (entry,) for entry in entries))
 
 
 def new_factors(params: dict, paths: Sequence[str], rank: int, key: jax.Array) -> dict:
-    """{path: {"a", "b"}} as a nested dict, for the matrices at `paths`. Call it inside jit.
+    """New factors {path: {"a", "b"}}, as a nested dict, of the matrices at `paths`.
+
+    Call it inside jit.
 
     Raises:
-      InputError: for a path that is no matrix of a layer.
+      InputError: if a path is not a matrix of a layer.
     """
     flat = traverse_util.flatten_dict(params, sep="/")
-    found: dict[str, Any] = {}
+    factors: dict[str, Any] = {}
     for number, path in enumerate(paths):
         stack, _, name = path.rpartition("/")
-        if not stack or name not in SUMMED:
+        if not stack or name not in CONTRACTING_DIMS:
             raise InputError(f"lora.targets: {path} is not a matrix of a layer")
-        matrix, split = flat[path], 1 + len(SUMMED[name])  # where outputs begin; 0 is the layer
+        matrix = flat[path]
+        split = 1 + len(
+            CONTRACTING_DIMS[name]
+        )  # dimensions of layer and inputs; those of outputs follow
         spec, shape = jax.typeof(matrix).sharding.spec, matrix.shape
-        drawn = jax.random.normal(jax.random.fold_in(key, number), (*shape[:split], rank))
-        a = drawn / math.sqrt(math.prod(shape[1:split]))
-        found[f"{path}/a"] = jax.sharding.reshard(a, P(*spec[:split], None))
-        found[f"{path}/b"] = jnp.zeros(
+        normal = jax.random.normal(jax.random.fold_in(key, number), (*shape[:split], rank))
+        a = normal / math.sqrt(math.prod(shape[1:split]))
+        factors[f"{path}/a"] = jax.sharding.reshard(a, P(*spec[:split], None))
+        factors[f"{path}/b"] = jnp.zeros(
             (shape[0], rank, *shape[split:]), out_sharding=P(None, None, *spec[split:])
         )
-    return traverse_util.unflatten_dict(found, sep="/")
+    return traverse_util.unflatten_dict(factors, sep="/")
 
 
 def with_lora(factors: dict, params: dict, scale: float) -> dict:
-    """The parameters with an `LoraMatrix` wherever there are factors."""
+    """The parameters with a `LoraMatrix` wherever there are factors."""
     flat = traverse_util.flatten_dict(params, sep="/")
-    pairs = traverse_util.flatten_dict(factors, sep="/")
-    for path in {path.rpartition("/")[0] for path in pairs}:
-        flat[path] = LoraMatrix(flat[path], pairs[f"{path}/a"], pairs[f"{path}/b"], scale)
+    flat_factors = traverse_util.flatten_dict(factors, sep="/")
+    for path in {path.rpartition("/")[0] for path in flat_factors}:
+        flat[path] = LoraMatrix(
+            flat[path], flat_factors[f"{path}/a"], flat_factors[f"{path}/b"], scale
+        )
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def merge_lora(factors: dict, params: dict, scale: float) -> dict:
-    """The parameters with the factors worked in. Call it inside jit."""
+    """The parameters with the factors merged into their matrices. Call it inside jit."""
     is_lora = lambda leaf: isinstance(leaf, LoraMatrix)  # noqa: E731
     return jax.tree.map(
         lambda leaf: jax.vmap(_merge_layer)(leaf) if is_lora(leaf) else leaf,
@@ -142,5 +153,5 @@ def _merge_layer(layer: LoraMatrix) -> jax.Array:
         precision=jax.lax.Precision.HIGHEST,
         out_sharding=jax.typeof(layer.matrix).sharding.spec,
     )
-    whole = layer.matrix.astype(jnp.float32) + jnp.float32(layer.scale) * change
-    return whole.astype(layer.matrix.dtype)
+    merged = layer.matrix.astype(jnp.float32) + jnp.float32(layer.scale) * change
+    return merged.astype(layer.matrix.dtype)

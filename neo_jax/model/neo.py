@@ -1,12 +1,13 @@
-"""The model: a batch to logits, and the two halves of generation.
+"""The model: a batch to logits, and prefill and decode.
 
-`init_params` makes a plain nested dict; `bind` puts it back into modules, inside jit only. That
-keeps optimizers, checkpoints and the converter ignorant of Flax.
+`init_params` makes a plain nested dict. `bind` puts it back into modules, inside jit only. So
+optimizers, checkpoints and the converter need not know Flax.
 """
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,21 +18,16 @@ from neo_jax.batch import Batch
 from neo_jax.collectives import all_gather_sequence, local_sequence
 from neo_jax.errors import InputError
 from neo_jax.kernels.decode_attention import decode_attention
-from neo_jax.kernels.interval_attention import interval_attention, make_block_list
+from neo_jax.kernels.interval_attention import interval_attention, make_block_lists
 from neo_jax.kernels.intervals import intervals
+from neo_jax.kernels.softmax_base import LN_2
 from neo_jax.model import decoder, layers
 from neo_jax.model import kv_cache as kv
-from neo_jax.model.attention import SCALE
 from neo_jax.model.patch_embed import PatchEmbed
 from neo_jax.model.prefill import attend_rows, attend_slots
 from neo_jax.model.rope import thw_rotary
 from neo_jax.model_config import ModelConfig
-from neo_jax.sharding import (
-    AXES,
-    describe,
-    make_mesh,
-    spec,
-)
+from neo_jax.sharding import AXES, describe, make_mesh, spec
 
 
 class Neo(nnx.Module):
@@ -40,8 +36,8 @@ class Neo(nnx.Module):
         self.patch_embed = PatchEmbed(c, rngs=rngs)
         self.embed = layers.matrix(rngs, (c.vocab_size, c.hidden_size), "vocab", "embed")
         if c.num_pre_buffer_layers:
-            self.pre_buffer = decoder.stack(c, rngs, c.num_pre_buffer_layers)
-        self.post_llm = decoder.stack(c, rngs, c.num_post_llm_layers)
+            self.pre_buffer = decoder.make_stack(c, rngs, c.num_pre_buffer_layers)
+        self.post_llm = decoder.make_stack(c, rngs, c.num_post_llm_layers)
         self.final_norm = layers.ones(c.hidden_size)
         if not c.tie_word_embeddings:
             self.lm_head = layers.matrix(rngs, (c.vocab_size, c.hidden_size), "vocab", "embed")
@@ -51,34 +47,35 @@ class Neo(nnx.Module):
         return self.logits(self.features(batch, remat))
 
     def features(self, batch: Batch, remat: str = "none", attention: str = "auto") -> jax.Array:
-        """[B, L, D]: what the head turns into logits.
+        """The final hidden states [B, L, D], normed: the input of the head.
 
         Args:
           remat: one of decoder.REMAT_POLICIES.
           attention: one of interval_attention.IMPLEMENTATIONS.
         """
-        return self.normed(self.trunk(batch, _nothing, remat, attention)[0])
+        x_btd, _ = self.run_layers(batch, lambda x_btd: None, remat, attention)
+        return self.normed(x_btd)
 
     def hidden_states(self, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Input embeddings [B, L, D], residual stream after each layer [l, B, L, D], final norm."""
-        x_btd, outputs = self.trunk(batch, lambda x_btd: x_btd)
+        x_btd, outputs = self.run_layers(batch, lambda x_btd: x_btd)
         layers_lbtd = jnp.concatenate(list(outputs.values()))
         return self.inputs(batch), layers_lbtd, self.normed(x_btd)
 
     def prefill(
         self, batch: Batch, cache: kv.Cache, where: Mapping[str, jax.Array], is_fresh: bool
     ) -> tuple[jax.Array, kv.Cache]:
-        """Prefill: writes rows of tokens into slots of the cache.
+        """Writes rows of prompt tokens into slots of the cache.
 
         Args:
-          batch: [R, T] a part of one prompt per row; `thw` as in the prompt. Rows of a prompt
-            follow one another, all but its last one full, and have its images whole. A row of
+          batch: [R, T] a part of one prompt per row; `thw` as in the prompt. The rows of a prompt
+            follow one another, all but its last are full, and none splits an image. A row of
             padding changes nothing.
           cache: of B slots.
           where: `slot_r` [R], the row's slot, numbered on each device of the batch axes; `start_r`
-            [R], where in its prompt the row begins; `end_rt` [R, T], up to where in its prompt a
-            token sees.
-          is_fresh: all prompts begin in these rows, so nothing of the cache need be read.
+            [R], the position in its prompt of the row's first token; `end_rt` [R, T], the position
+            up to which the token sees its prompt.
+          is_fresh: all prompts start in these rows, so the cache need not be read.
 
         Returns:
           logits [R, V] after each row's last token, and the cache.
@@ -95,9 +92,9 @@ class Neo(nnx.Module):
                     for which, new in (("k", k_rtkj), ("v", v_rtkh))
                 }
                 if is_fresh:
-                    return attend_rows(q_rtnj, k_rtkj, v_rtkh, start_r, end_rt, SCALE), grown
+                    return attend_rows(q_rtnj, k_rtkj, v_rtkh, start_r, end_rt, LN_2), grown
                 return attend_slots(
-                    q_rtnj, grown, layer, slot_r, end_rt, c.num_key_value_heads, SCALE
+                    q_rtnj, grown, layer, slot_r, end_rt, c.num_key_value_heads, LN_2
                 ), grown
 
             x_rtd, store = block(x_rtd, rotary, attend)
@@ -114,12 +111,12 @@ class Neo(nnx.Module):
     def decode(
         self, tokens_b: jax.Array, cache: kv.Cache, is_active_b: jax.Array
     ) -> tuple[jax.Array, kv.Cache]:
-        """One more token per row: [B] ids -> logits [B, V] and the cache with it written.
+        """One token per row: ids [B] -> logits [B, V] of the next token, and the updated cache.
 
-        Rows that are not active keep their length; what they return means nothing.
+        Rows that are not active keep their length; their logits mean nothing.
         """
         c, zero_b1 = self.cfg, 0 * cache["length_b"][:, None]
-        # The last place is never anybody's: an answer's last token is not fed.
+        # Inactive rows write to the last place. No row uses it: an answer's last token is not fed.
         place_b = jnp.where(is_active_b, cache["length_b"], kv.length(cache) - 1)
         thw_b13 = jnp.stack([cache["t_b"][:, None], zero_b1, zero_b1], axis=-1)
         rotary = thw_rotary(thw_b13, c.t_width, c.hw_width, c.rope_theta, c.rope_theta_hw)
@@ -131,9 +128,7 @@ class Neo(nnx.Module):
                     for which, new in (("k", k_b1kj), ("v", v_b1kh))
                 }
                 end_b, heads = cache["length_b"] + 1, c.num_key_value_heads
-                z_b1nh = decode_attention(
-                    q_b1nj, grown["k"], grown["v"], layer, end_b, heads, SCALE
-                )
+                z_b1nh = decode_attention(q_b1nj, grown["k"], grown["v"], layer, end_b, heads, LN_2)
                 return z_b1nh, grown
 
             x_b1d, store = block(x_b1d, rotary, attend)
@@ -145,40 +140,49 @@ class Neo(nnx.Module):
         return self.logits(self.normed(x_b1d))[:, 0], cache
 
     def _through_cache(self, x_btd: jax.Array, cache: kv.Cache, body) -> tuple[jax.Array, kv.Cache]:
-        """Runs all layers with the cache as their carry, so that it is written in place."""
+        """Runs all layers with the cache as the loop's carry, so that it is written in place."""
         cache = dict(cache)
         for name, blocks in self._stacks():
-            x_btd, cache[name], _ = decoder.run(blocks, x_btd, body, cache[name])
+            x_btd, cache[name], _ = decoder.run_stack(blocks, x_btd, body, cache[name])
         return x_btd, cache
 
-    def trunk(self, batch: Batch, emit, remat: str = "none", attention: str = "auto"):
-        """Runs all layers; returns x [B, L, D] and what `emit(x)` gives, per stack."""
+    def run_layers(
+        self, batch: Batch, output_fn: Callable, remat: str = "none", attention: str = "auto"
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """Embeds a batch and runs all layers, without a cache.
+
+        Args:
+          output_fn: of a layer's output x [B, L, D].
+
+        Returns:
+          x [B, L, D] after the last layer, and what `output_fn` returned, per stack [l, ...].
+        """
         c = self.cfg
         thw_bt3, segments_bt = batch["thw"], all_gather_sequence(batch["segments"])
-        bounds = map(local_sequence, intervals(all_gather_sequence(thw_bt3[..., 0]), segments_bt))
-        start_bt, end_bt = bounds
+        bounds = intervals(all_gather_sequence(thw_bt3[..., 0]), segments_bt)
+        start_bt, end_bt = map(local_sequence, bounds)
         widths, itemsize = (c.qk_width, c.head_dim), jnp.dtype(c.dtype).itemsize
-        block_list = make_block_list(start_bt, end_bt, segments_bt.shape[1], widths, itemsize)
+        block_lists = make_block_lists(start_bt, end_bt, segments_bt.shape[1], widths, itemsize)
         rotary = thw_rotary(thw_bt3, c.t_width, c.hw_width, c.rope_theta, c.rope_theta_hw)
 
-        def attend(q_btnj, k_btkj, v_btkh):
+        def attention_fn(q_btnj, k_btkj, v_btkh):
             keys, values = all_gather_sequence(k_btkj), all_gather_sequence(v_btkh)
             z_btnh = interval_attention(
-                q_btnj, keys, values, start_bt, end_bt, SCALE, block_list, attention
+                q_btnj, keys, values, start_bt, end_bt, LN_2, block_lists, attention
             )
             return z_btnh, None
 
         def body(block, layer, x_btd, carry):
-            x_btd, _ = block(x_btd, rotary, attend)
-            return x_btd, carry, emit(x_btd)
+            x_btd, _ = block(x_btd, rotary, attention_fn)
+            return x_btd, carry, output_fn(x_btd)
 
         x_btd, outputs = self.inputs(batch), {}
         for name, blocks in self._stacks():
-            x_btd, _, outputs[name] = decoder.run(blocks, x_btd, body, remat=remat)
+            x_btd, _, outputs[name] = decoder.run_stack(blocks, x_btd, body, remat=remat)
         return x_btd, outputs
 
     def inputs(self, batch: Batch) -> jax.Array:
-        """Decoder input [B, L, D]: embedding rows, with the visual tokens in their places."""
+        """The decoder's input [B, L, D]: embeddings, and visual tokens in place of image tokens."""
         x_btd = self._lookup(batch["tokens"])
         if batch["patches"].shape[1] == 0:
             return x_btd
@@ -199,22 +203,22 @@ class Neo(nnx.Module):
 
     @property
     def head_vd(self) -> nnx.Param:
-        """[V, D]: the head, or the embedding if it is tied."""
+        """[V, D]: the head, or the embedding if they are tied."""
         return self.embed if self.cfg.tie_word_embeddings else self.lm_head
 
     def _stacks(self) -> Iterator[tuple[str, decoder.Block]]:
-        """The stacks in order; a model grown without a Pre-Buffer has but one."""
+        """The stacks in order; a model without a Pre-Buffer has one."""
         return ((name, getattr(self, name)) for name in kv.STACKS if hasattr(self, name))
 
     def _lookup(self, tokens_bt: jax.Array) -> jax.Array:
-        """Embedding rows [B, T, D]; each shard of the vocabulary gives the rows it has."""
+        """Embedding rows [B, T, D]: each device looks up its part of the vocabulary."""
 
         def local(table_vd, tokens_bt):
             first = jax.lax.axis_index(AXES["vocab"]) * table_vd.shape[0]
             row_bt = tokens_bt - first
-            is_here = (row_bt >= 0) & (row_bt < table_vd.shape[0])
-            rows_btd = layers.take_rows(table_vd, jnp.where(is_here, row_bt, 0), self.cfg.dtype)
-            return jax.lax.psum(jnp.where(is_here[..., None], rows_btd, 0), AXES["vocab"])
+            is_local = (row_bt >= 0) & (row_bt < table_vd.shape[0])
+            rows_btd = layers.take_rows(table_vd, jnp.where(is_local, row_bt, 0), self.cfg.dtype)
+            return jax.lax.psum(jnp.where(is_local[..., None], rows_btd, 0), AXES["vocab"])
 
         lookup = jax.shard_map(
             local,
@@ -225,27 +229,23 @@ class Neo(nnx.Module):
         return lookup(layers.all_gather_params(self.embed, self.cfg.dtype), tokens_bt)
 
 
-def _nothing(x_btd):
-    return None
-
-
 def init_params(c: ModelConfig, key: jax.Array) -> dict:
     """Random parameters as a plain nested dict: also the layout of our checkpoints.
 
-    Matrices ~ N(0, 0.02), norms 1, the patch embedding as convolutions start. Call it inside
-    jit under a mesh and every array is made in its place.
+    Matrices are N(0, 0.02), norms 1, the patch embedding as PyTorch initialises convolutions. Call
+    it inside jit under a mesh, so that every array is created sharded.
     """
     return nnx.to_pure_dict(nnx.state(Neo(c, rngs=nnx.Rngs(key))))
 
 
 def bind(c: ModelConfig, params: dict) -> Neo:
-    """Modules around `params`. For use inside jit."""
+    """The model with these parameters. For use inside jit."""
     return nnx.merge(_graphdef(c, jax.sharding.get_abstract_mesh()), params)
 
 
 @functools.cache
 def _graphdef(c: ModelConfig, mesh: AbstractMesh) -> nnx.GraphDef:
-    # Modules name all axes of the mesh, which `shard_map_over_data` would not let them.
+    # Modules name all axes of the mesh, also those that are manual in `shard_map_over_data`.
     kinds = (AxisType.Explicit,) * len(mesh.axis_names)
     mesh = AbstractMesh(mesh.axis_sizes, mesh.axis_names, axis_types=kinds)
     with jax.sharding.use_abstract_mesh(mesh):
@@ -253,14 +253,17 @@ def _graphdef(c: ModelConfig, mesh: AbstractMesh) -> nnx.GraphDef:
 
 
 def abstract_params(c: ModelConfig, mesh: Mesh | None = None, dtype: str = "float32") -> dict:
-    """Shape, type and place of every parameter, without making any.
+    """Shape, type and sharding of every parameter, without allocating any.
+
+    Args:
+      mesh: default: one device.
 
     Raises:
-      InputError: listing the parameters that the mesh cannot split evenly.
+      InputError: if the mesh does not split every parameter evenly.
     """
-    with jax.set_mesh(one := make_mesh((1, 1, 1))):
+    with jax.set_mesh(one_device := make_mesh((1, 1, 1))):
         shapes = jax.eval_shape(lambda: init_params(c, jax.random.key(0)))
-    mesh, problems = one if mesh is None else mesh, []
+    mesh, problems = one_device if mesh is None else mesh, []
 
     def place(path, leaf):
         sharding = NamedSharding(mesh, leaf.sharding.spec)

@@ -1,6 +1,8 @@
-"""Pixels to visual tokens: two convolutions whose stride is their size, so two products.
+"""Patch embedding: pixels to visual tokens.
 
-patch -> linear -> exact GELU -> rotation by the place in the image -> linear over 2x2 patches.
+    patch -> linear -> exact GELU -> rotary by row and column of the image -> linear of 2x2 patches
+
+Both linear maps are convolutions whose stride equals their kernel size, so matrix products.
 """
 
 import jax
@@ -34,7 +36,7 @@ class PatchEmbed(nnx.Module):
         self.merge_bias_d = layers.uniform(rngs, (d,), 4 * e, None)
 
     def __call__(self, patches_bpc: jax.Array, hw_bp2: jax.Array) -> jax.Array:
-        """[B, P, C] in 2x2 block order and [B, P, 2] grid places -> [B, P/4, D]."""
+        """Patches [B, P, C] in 2x2 block order, their rows and columns [B, P, 2] -> [B, P/4, D]."""
         if patches_bpc.dtype == jnp.uint8:
             patches_bpc = normalise(patches_bpc)
         y_bpe = self.rotated(self.activated(patches_bpc), hw_bp2)
@@ -49,13 +51,13 @@ class PatchEmbed(nnx.Module):
     def activated(self, patches_bpc: jax.Array) -> jax.Array:
         """First convolution and GELU: [B, P, C] -> [B, P, E] float32."""
         y_bpe = layers.einsum("bpc,ce->bpe", patches_bpc.astype(self.cfg.dtype), self.patch_ce)
-        # The TPU compiler would put GELU's derivative into the product that makes patch_ce's
-        # gradient: that one fusion took most of a step's compile time.
+        # Otherwise XLA:TPU fuses GELU's derivative into the product for patch_ce's gradient. That
+        # one fusion took most of a step's compile time.
         y_bpe = jax.lax.optimization_barrier(y_bpe)
         y_bpe = y_bpe.astype(jnp.float32) + self.patch_bias_e[...].astype(jnp.float32)
         return jax.nn.gelu(y_bpe, approximate=False)
 
     def rotated(self, y_bpe: jax.Array, hw_bp2: jax.Array) -> jax.Array:
-        """2-D rotation on the 16-pixel grid, in float32."""
+        """Rotary embedding by row and column of the patch grid, in float32."""
         rotary = patch_rotary(hw_bp2, y_bpe.shape[-1], self.cfg.rope_theta_vision)
         return layers.rotate(y_bpe, *rotary)

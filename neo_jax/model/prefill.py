@@ -1,7 +1,10 @@
-"""Attention while prompts are put into the cache, row by row of a fixed number of tokens.
+"""Attention in prefill: rows of a fixed number of tokens, each a part of one prompt.
 
-A row holds a part of one prompt; the rows of a prompt follow one another. So several short prompts,
-or a part of a long one, fill the same few shapes.
+The rows of a prompt follow one another. So several short prompts, or a chunk of a long one, have
+the same few shapes:
+
+    row 0    prompt A, tokens 0..T        row 2    prompt B, tokens 0..T, padding
+    row 1    prompt A, tokens T..2T       row 3    padding
 """
 
 import functools
@@ -17,7 +20,12 @@ _HEADS, _ROWS = spec("batch", None, "heads", None), spec("batch", None)
 
 
 def key_sizes(rows: int, length: int) -> list[int]:
-    """Over how many keys a row can attend, among so many rows: as few as it needs are taken."""
+    """The numbers of keys that `attend_rows` is compiled for; a row takes the smallest it needs.
+
+    Args:
+      rows: number of rows of the prefill.
+      length: tokens of a row.
+    """
     return sorted({min(length << power, rows * length) for power in range(rows.bit_length() + 1)})
 
 
@@ -29,11 +37,11 @@ def attend_rows(
     end_rt: jax.Array,
     scale: float,
 ) -> jax.Array:
-    """For prompts that begin in these rows: nothing of the cache is read. [R, T, N, H].
+    """Attention of prompts that start in these rows, so that the cache is not read: [R, T, N, H].
 
     Args:
-      start_r: [R] where in its prompt the row begins.
-      end_rt: [R, T] the token sees its prompt up to here; 0 for padding.
+      start_r: [R] position in its prompt of the row's first token.
+      end_rt: [R, T] the token sees its prompt up to this position; 0 for padding.
     """
 
     def local(q_rtnj, k_rtkj, v_rtkh, start_r, end_rt):
@@ -42,10 +50,10 @@ def attend_rows(
         keys, values = (array.reshape(total, *array.shape[2:]) for array in (k_rtkj, v_rtkh))
 
         def attend(row):
-            """A row's queries over as many of its prompt's rows as they need."""
+            """Attention of one row over the rows of its prompt, as many as it needs."""
             q_tnj, first, end_t = row
 
-            def over(size):
+            def attend_to(size):
                 begin = jnp.minimum(first, total - size)
                 k_1skj, v_1skh = (
                     jax.lax.dynamic_slice_in_dim(array, begin, size)[None]
@@ -55,8 +63,8 @@ def attend_rows(
                 end_1t = first_1t + end_t
                 return interval_attention(q_tnj[None], k_1skj, v_1skh, first_1t, end_1t, scale)[0]
 
-            enough = jnp.sum(jnp.array(sizes) < jnp.max(end_t))
-            return jax.lax.switch(enough, [functools.partial(over, size) for size in sizes])
+            choice = jnp.sum(jnp.array(sizes) < jnp.max(end_t))
+            return jax.lax.switch(choice, [functools.partial(attend_to, size) for size in sizes])
 
         first_r = length * jnp.arange(count) - start_r
         return jax.lax.map(attend, (q_rtnj, first_r, end_rt))
@@ -75,9 +83,9 @@ def attend_slots(
     num_key_heads: int,
     scale: float,
 ) -> jax.Array:
-    """For prompts that go on: each row sees its slot from 0 to `end_rt`. [R, T, N, H].
+    """Attention of prompts that continue: a token sees its slot from 0 to `end_rt`: [R, T, N, H].
 
-    Rows are taken one by one, so that no more than one slot's keys are copied at a time.
+    Rows run one by one, so that no more than one slot's keys are copied at a time.
     """
 
     def local(q_rtnj, store, layer, slot_r, end_rt):

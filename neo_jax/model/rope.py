@@ -1,7 +1,7 @@
 """Rotary angles: of the three position axes in attention, of the patch grid in patch embedding.
 
-Every rotation in this project turns channel i with channel i + half. Checkpoints hold other
-orders; `weights/mapping.py` permutes channels at loading so that one half-swap serves all axes.
+Every rotation in this project is of the channels i and i + half. Checkpoints have other channel
+orders, so `weights/mapping.py` permutes channels at loading.
 """
 
 import jax
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def frequencies(theta: float, width: int) -> np.ndarray:
-    """[width / 2] float32: radians per step of the pairs of a head `width` channels wide."""
+    """[width / 2] float32: radians per position, of each pair of channels of a head."""
     exponent = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
     return np.float32(1) / np.float32(theta) ** exponent
 
@@ -20,7 +20,7 @@ def thw_rotary(
 ) -> tuple[jax.Array, jax.Array]:
     """cos and sin [B, T, J / 2] of the joint T, H, W angles, float32.
 
-    bfloat16 could not tell position 256 from 257, so angles never leave float32.
+    Angles stay in float32: bfloat16 cannot tell position 256 from 257.
     """
     freq_t, freq_hw = frequencies(theta, t_width), frequencies(theta_hw, hw_width // 2)
     angles = _angles(thw_bt3, (freq_t, freq_hw, freq_hw))
@@ -35,7 +35,7 @@ def patch_rotary(hw_bp2: jax.Array, width: int, theta: float) -> tuple[jax.Array
 
 
 def _angles(positions: jax.Array, freqs: tuple[np.ndarray, ...]) -> jax.Array:
-    """Concatenates position[..., i] * freqs[i] over the axes i."""
+    """The angles position[..., i] * freqs[i] of all axes i, concatenated."""
     positions = positions.astype(jnp.float32)
     return jnp.concatenate(
         [positions[..., i, None] * freq for i, freq in enumerate(freqs)], axis=-1

@@ -10,7 +10,7 @@ import pytest
 from neo_jax.errors import InputError
 from neo_jax.kernels import block_list, blockwise, flash
 from neo_jax.kernels.decode_attention import decode_attention
-from neo_jax.kernels.interval_attention import interval_attention, make_block_list
+from neo_jax.kernels.interval_attention import interval_attention, make_block_lists
 from neo_jax.kernels.intervals import intervals
 from neo_jax.kernels.norm_rope import norm_rope
 from neo_jax.model import kv_cache
@@ -78,13 +78,13 @@ def assert_close(found, wanted, tolerance):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("implementation", ["blockwise", "interpreted", "two walks"])
+@pytest.mark.parametrize("implementation", ["blockwise", "interpreted", "two kernels"])
 def test_every_implementation_is_the_definition(shape, implementation, monkeypatch):
     *sizes, dtype = shape
     monkeypatch.setattr(flash, "BLOCKS", (128, 128))
     monkeypatch.setattr(blockwise, "BLOCK", 128)
-    if implementation == "two walks":  # as for rows whose gradients do not fit fast memory
-        monkeypatch.setattr(flash, "needs_keys", lambda *_: True)
+    if implementation == "two kernels":  # as for rows whose gradients do not fit fast memory
+        monkeypatch.setattr(flash, "needs_kv_major", lambda *_: True)
     jax.clear_caches()
     rng = np.random.default_rng(0)
     for _ in range(CASES):
@@ -92,7 +92,7 @@ def test_every_implementation_is_the_definition(shape, implementation, monkeypat
         bounds = bounds_of(rng, *sizes[:3])
         wanted = run(q, k, v, *bounds, weight, "dense")
         q, k, v = (array.astype(dtype) for array in (q, k, v))
-        name = "interpreted" if implementation == "two walks" else implementation
+        name = "interpreted" if implementation == "two kernels" else implementation
         found = run(q, k, v, *bounds, weight, name)
         assert {str(array.dtype) for array in found} == {dtype}
         assert_close(found, wanted, 1e-5 if dtype == "float32" else 2e-2)
@@ -118,8 +118,8 @@ def test_the_same_on_a_mesh_with_visits_made_before(implementation, mesh):
         @jax.jit
         def attend(q, k, v, start, end, weight):
             def total(q, k, v):
-                made = make_block_list(start, end, 640, (128, 128), 4)
-                z = interval_attention(q, k, v, start, end, 0.1, made, implementation)
+                block_lists = make_block_lists(start, end, 640, (128, 128), 4)
+                z = interval_attention(q, k, v, start, end, 0.1, block_lists, implementation)
                 return jnp.sum(weight * z), z
 
             gradients, z = jax.grad(total, argnums=(0, 1, 2), has_aux=True)(q, k, v)
@@ -156,7 +156,7 @@ def test_the_lists_hold_what_is_seen_and_no_more():
                 listed & block_list.LAST != 0, np.append(changes[1:], True)
             )
             full = pairs[query // 4, query % 4, block].all((1, 2))
-            np.testing.assert_array_equal(listed & block_list.PARTLY == 0, full)
+            np.testing.assert_array_equal(listed & block_list.PARTIAL == 0, full)
 
 
 def test_work_grows_with_the_intervals_and_not_with_the_square():

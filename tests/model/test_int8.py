@@ -15,7 +15,7 @@ from benchmarks.random_checkpoint import write_checkpoint
 from helpers import commands
 from helpers.golden import GOLDEN, arrays, load_case, raises
 from neo_jax.configs.models import NEO_OV_2B, NEO_OV_9B, TINY
-from neo_jax.model.int8 import SUMMED, Int8Matrix
+from neo_jax.model.int8 import CONTRACTING_DIMS, Int8Matrix
 from neo_jax.model_config import QK_LAYOUTS
 from neo_jax.sharding import FSDP, make_mesh
 from neo_jax.weights import place
@@ -158,7 +158,7 @@ def test_a_device_holds_its_part_of_values_and_scales():
     assert params["embed"].shape == whole["embed"].shape
     names = {path[-2].key for path, leaf in jax.tree_util.tree_leaves_with_path(params)
              if leaf.dtype == jnp.int8}  # fmt: skip
-    assert names == SUMMED.keys() - ({"lm_head"} if "lm_head" not in whole else set())
+    assert names == CONTRACTING_DIMS.keys() - ({"lm_head"} if "lm_head" not in whole else set())
 
 
 def test_a_quantised_matrix_behaves_as_a_leaf_of_the_tree():

@@ -13,7 +13,7 @@ from helpers.training import packed
 from neo_jax.batch import micro_batches
 from neo_jax.collectives import shard_map_over_data
 from neo_jax.model import layers, lora
-from neo_jax.model.int8 import SUMMED
+from neo_jax.model.int8 import CONTRACTING_DIMS
 from neo_jax.sharding import make_mesh, partition_spec, spec
 from neo_jax.train import param_paths
 from neo_jax.train.step import loss_and_gradients
@@ -64,7 +64,9 @@ def test_a_change_below_the_rounding_of_a_weight_counts(shape, equation):
 def factors_and_gradients(shape, merge):
     neo = load_case("packed_train", shape)
     paths = [
-        p for p in param_paths.all_paths(neo.params) if "/" in p and p.rpartition("/")[2] in SUMMED
+        p
+        for p in param_paths.all_paths(neo.params)
+        if "/" in p and p.rpartition("/")[2] in CONTRACTING_DIMS
     ]
     with jax.set_mesh(neo.mesh):
         make = jax.jit(lambda params: lora.new_factors(params, paths, 2, jax.random.key(0)))

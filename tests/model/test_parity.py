@@ -10,8 +10,8 @@ from neo_jax.data.example import collate, make_example
 from neo_jax.data.image import normalise
 from neo_jax.data.positions import block_order, thw_positions
 from neo_jax.kernels.intervals import intervals
+from neo_jax.kernels.softmax_base import LN_2
 from neo_jax.model import decoder, patch_embed
-from neo_jax.model.attention import SCALE
 from neo_jax.model.neo import bind
 from neo_jax.model.rope import thw_rotary
 from neo_jax.weights.mapping import rows
@@ -102,12 +102,12 @@ def test_heads_of_the_first_layer():
         block = jax.tree.map(lambda leaf: leaf[0], bind(c, params).pre_buffer)
         rotary = thw_rotary(thw, c.t_width, c.hw_width, c.rope_theta, c.rope_theta_hw)
         y = decoder.layers.rms_norm(x, block.attention_norm, c.rms_norm_eps)
-        return block.attention.heads(y, rotary)
+        return block.attention.qkv(y, rotary)
 
     with jax.set_mesh(neo.mesh):
         embeds = outputs["inputs_embeds"][None]
         q, k, v = run(neo.params, embeds, inputs["indexes"].T[None])
-    scaled = outputs["layer0_q"] * (c.head_dim**-0.5 / SCALE)  # for the softmax
+    scaled = outputs["layer0_q"] * (c.head_dim**-0.5 / LN_2)  # for the softmax
     close(np.moveaxis(q[0], 0, 1), scaled[..., ours])
     close(np.moveaxis(k[0], 0, 1), outputs["layer0_k"][..., ours])
     close(np.moveaxis(v[0], 0, 1), outputs["layer0_v"])
