@@ -29,15 +29,17 @@ FILES += ["a.webm libvpx", "a.webm libvpx-vp9", "a.ts mpeg2video", "a.gif gif"]
 NUM_FRAMES, RATE = 60, 10
 
 
-def write_video(path, codec="mpeg4", left=None, **options):
+def write_video(path, codec="mpeg4", left=None, title="", **options):
     """60 frames of 96 x 64 at 10 per second in groups of 12; frame k has grey value 4 k.
 
-    `left` is the grey of all left halves, if given.
+    `left` is the grey of all left halves, if given; `title` is metadata.
     """
     av = pytest.importorskip("av")
     if codec not in av.codecs_available:
         pytest.skip(f"this PyAV has no {codec}")
     with av.open(str(path), "w", options=options) as container:
+        if title:
+            container.metadata["title"] = title
         stream = container.add_stream(codec, rate=RATE)
         stream.width, stream.height = 96, 64
         stream.pix_fmt = "gray" if codec == "gif" else "yuv420p"
@@ -168,6 +170,16 @@ def test_groups_without_a_chosen_frame_are_not_decoded(name, tmp_path):
         data = data.replace(packet, bytes(len(packet)))
     path.write_bytes(data)
     assert seen(load_video(path, num_frames=2, span=(2.9, 3.2))) == [30, 31]
+
+
+def test_a_title_that_is_not_utf8_is_no_matter(tmp_path):
+    av = pytest.importorskip("av")
+    path = write_video(tmp_path / "a.mp4", title="the title")
+    path.write_bytes(path.read_bytes().replace(b"the title", b"\xff\xfe title"))
+    assert seen(load_video(path, num_frames=5)) == [10, 20, 30, 40, 50]
+    if int(av.__version__.split(".")[0]) < 19:
+        with pytest.raises(UnicodeDecodeError):
+            av.open(str(path))
 
 
 def test_a_turned_video_comes_out_upright(tmp_path):

@@ -15,7 +15,7 @@ for worker in 0 1; do
   (cd "$HOSTS/$5-$worker" && bash -c "${last#--command=}") || exit 1
 done
 """
-# Stands for Python: says with what it was started, then waits for SIGTERM.
+# A stand-in for Python: prints its flags and arguments, then waits for SIGTERM.
 PYTHON = """#!/usr/bin/env bash
 trap 'echo terminated; exit 143' TERM
 echo "$LIBTPU_INIT_ARGS: $*"

@@ -16,6 +16,7 @@ import pytest
 import neo_jax
 from helpers import commands
 from helpers.golden import ROOT, raises
+from helpers.tolerance import assert_close
 from helpers.training import CONFIG, GOLDEN_RUN, losses
 from neo_jax.train.loop import train
 from neo_jax.train.train_config import LoraConfig, override, to_json
@@ -44,7 +45,7 @@ def test_a_run_learns_and_its_folder_is_a_checkpoint(unbroken):
 
 
 def stopped(workdir, at, **changes):
-    """A run that is told to stop once it has said something of step `at`."""
+    """A run that gets SIGTERM once it has logged step `at`."""
 
     def log(message):
         if message.startswith(f"step {at}:"):
@@ -181,7 +182,8 @@ def test_lora_trains_little_saves_little_and_exports(unbroken, tmp_path, capsys)
     assert "a LoRA run: add --merge-lora" in capsys.readouterr().err
     finished = train(config)
     found = losses(tmp_path / "run")
-    assert found[1] == losses(unbroken[0])[1]  # it starts as the model it changes
+    first = losses(unbroken[0])[1]
+    assert found[1] == pytest.approx(first, rel=2e-6)  # it starts as the model that it adapts
     assert found[6] < found[1]
     sizes = [sum(p.stat().st_size for p in (folder / "checkpoints/6").rglob("*") if p.is_file())
              for folder in (tmp_path / "run", unbroken[0])]  # fmt: skip
@@ -207,8 +209,7 @@ def test_lora_trains_little_saves_little_and_exports(unbroken, tmp_path, capsys)
     )
     back = neo_jax.load(tmp_path / "hf", dtype="float32", mesh=(1, 1, 1))
     jax.tree.map(np.testing.assert_array_equal, back.params, neo.params)
-    for a, b in zip(jax.tree.leaves(finished.params), jax.tree.leaves(neo.params), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-6)
+    assert_close(finished.params, neo.params, 2e-6)
 
 
 def test_settings_are_checked_by_name_and_type():
@@ -231,7 +232,7 @@ def test_settings_are_checked_by_name_and_type():
 
 
 def test_the_command_says_what_is_wrong(tmp_path, capsys):
-    for arguments, said in (
+    for arguments, message in (
         (["configs/nothing.py"], "no such config"),
         (["stepz=3"], "did you mean 'steps'"),
         (["data.mixture=nowhere.jsonl", f"workdir={tmp_path}/x"], "nowhere.jsonl: no such file"),
@@ -245,11 +246,11 @@ def test_the_command_says_what_is_wrong(tmp_path, capsys):
         (["start=nowhere", f"workdir={tmp_path}/x"], "give either start"),
     ):
         assert commands.train(arguments) == 2
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert commands.train(["--show", "steps=77"]) == 0
     assert '"steps": 77' in capsys.readouterr().out
     pod = ["configs/neo_ov_2b_sft.py", "--pod", "v5e-256", "steps=78", "--show"]
     assert commands.train(pod) == 0
-    said = capsys.readouterr().out
-    assert '"steps": 78' in said
-    assert '"remat": "attention"' in said
+    shown = capsys.readouterr().out
+    assert '"steps": 78' in shown
+    assert '"remat": "attention"' in shown
