@@ -1,4 +1,4 @@
-"""Checks training records before a run: are they good, how long, how well do they pack?"""
+"""Checks training records before a run: bad ones, lengths, and how well they pack."""
 
 import argparse
 import json
@@ -30,7 +30,7 @@ def main(argv: list[str], prog: str) -> int:
     add("--limit", type=positive_int, metavar="N", help="records, evenly spread over all")
     add("--workers", type=non_negative_int, default=0, help="processes; default 0, this one")
     add("--show", type=non_negative_int, default=10, metavar="N", help="bad records to print")
-    add("--bad", metavar="OUT.jsonl", help="where to write all bad records' places")
+    add("--bad", metavar="OUT.jsonl", help="write the places of all bad records")
     add("--png", metavar="OUT.png", help="draw the histograms")
     return run(parser.parse_args(argv))
 
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_outputs(args: argparse.Namespace, mixture: Mixture) -> None:
-    """Before the long work: outputs can be written, and would not overwrite the records."""
+    """Raises InputError if an output cannot be written, or would overwrite the records."""
     sources = [source.records.name for source in mixture.sources]
     for path in filter(None, (args.bad, args.png)):
         if any(os.path.exists(name) and same_file(path, name) for name in sources):
@@ -82,7 +82,7 @@ def same_file(path: str, name: str) -> bool:
 
 
 def write_unused(path: str, mixture: Mixture, unused: list[Measured]) -> None:
-    """A line for each record that cannot be used: its place, the reason, and the kind of it."""
+    """Writes a line for each record that cannot be used: its number, place, kind and reason."""
     try:
         with open(path, "w", encoding="utf-8") as file:
             for one in unused:

@@ -1,4 +1,4 @@
-"""Trains a NEO: from nothing, from a grown Qwen3, or further."""
+"""Trains a NEO: from scratch, from a grown Qwen3, or from a checkpoint."""
 
 from neo_jax import distributed
 from neo_jax.command_line import make_parser
@@ -20,8 +20,8 @@ def main(argv: list[str], prog: str) -> int:
     add = parser.add_argument
     add("config", nargs="?", default=DEFAULT, help="a file with get_config(), or a config's name")
     add("settings", nargs="*", help="such as optim.peak_lr=1e-5")
-    add("--pod", metavar="NAME", help="mesh, rows and so on for a pod, as configs/pods.py has them")
-    add("--show", action="store_true", help="print the settings and end")
+    add("--pod", metavar="NAME", help="apply the mesh, rows and so on of a pod (configs/pods.py)")
+    add("--show", action="store_true", help="print the settings and exit")
     args = parser.parse_intermixed_args(argv)  # settings may follow options
     if "=" in args.config and not args.config.endswith(".py"):
         args.config, args.settings = DEFAULT, [args.config, *args.settings]

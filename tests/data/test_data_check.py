@@ -1,4 +1,4 @@
-"""`neo-ov data`: its counts against a count of its own."""
+"""`neo-ov data`: its counts, against those of an independent count here."""
 
 import json
 import random
@@ -55,16 +55,15 @@ def recount(records) -> dict[str, int]:
         human, gpt = (turn["value"] for turn in record["conversations"])
         visual = "<img>" + "<IMG_CONTEXT>" * (SIDE // 32) ** 2 + "</img>"
         asked = f"<|im_start|>user\n{human.replace('<image>', visual)}<|im_end|>\n"
-        said = len(tokenizer.encode(f"{gpt}<|im_end|>\n"))
-        tokens = (
-            len(tokenizer.encode(asked)) + len(tokenizer.encode("<|im_start|>assistant\n")) + said
-        )
+        supervised = len(tokenizer.encode(f"{gpt}<|im_end|>\n"))
+        opening = len(tokenizer.encode("<|im_start|>assistant\n"))
+        tokens = len(tokenizer.encode(asked)) + opening + supervised
         if tokens > LENGTH:
             counts["too long"] += 1
             continue
         counts["good"] += 1
         counts["tokens"] += tokens
-        counts["supervised"] += said
+        counts["supervised"] += supervised
         counts["images"] += human.count("<image>")
         counts["patches"] += human.count("<image>") * (SIDE // 16) ** 2
     return counts
@@ -85,9 +84,9 @@ def test_counts_are_those_of_the_records(data_set, capsys):
     folder, records = data_set
     wanted = recount(records)
     assert wanted["good"] > 10 and wanted["bad"] == 6 and wanted["too long"] == 4
-    bad, drawn = folder / "bad.jsonl", folder / "o.png"
+    bad, figure = folder / "bad.jsonl", folder / "o.png"
     files = [folder / "a.jsonl", f"{folder}/b.json%50"]
-    assert main(command(*files, "--bad", bad, "--png", drawn, "--show", 2)) == 1
+    assert main(command(*files, "--bad", bad, "--png", figure, "--show", 2)) == 1
     out, err = capsys.readouterr()
     assert printed(out) == wanted | {"records": 30}
     assert "30/30" in err
@@ -104,7 +103,7 @@ def test_counts_are_those_of_the_records(data_set, capsys):
     assert [line["number"] for line in lines] == numbers
     assert [line["place"] for line in lines] == [places[n] for n in numbers]
     assert [line["kind"] for line in lines] == ["too long" if n % 5 else "bad" for n in numbers]
-    assert Image.open(drawn).size[0] > 100
+    assert Image.open(figure).size[0] > 100
 
 
 def test_workers_and_a_limit_give_the_same(data_set, capsys):

@@ -1,4 +1,4 @@
-"""Corrupt and odd records: (what is odd, the record or its line's bytes, what becomes of it)."""
+"""Corrupt and odd records, each as (name, the record or the bytes of its line, outcome)."""
 
 import base64
 import io
@@ -35,7 +35,7 @@ def asking(raw: bytes) -> dict:
 
 
 def decodes(raw: bytes) -> bool:
-    """Whether Pillow can decode it, and its sides are such that it can be resized."""
+    """Whether Pillow can decode it, and its aspect ratio is allowed."""
     try:
         width, height = Image.open(io.BytesIO(raw)).convert("RGB").size
     except Exception:
@@ -44,14 +44,14 @@ def decodes(raw: bytes) -> bool:
 
 
 def damaged_images():
-    """(what is wrong, record, outcome) of cut and changed files of all formats."""
+    """Cut files, and files with flipped bits, of all formats."""
     rng = random.Random(0)
     for format in FORMATS:
         whole = encoded_image(format)
         cut = [whole[: len(whole) * part // 12] for part in range(12)]
         for count in range(40):
             changed = bytearray(whole)
-            # The headers are where a change misleads most.
+            # Every second one only in its header, where a flipped bit does most harm.
             for place in rng.choices(range(len(whole) if count % 2 else 60), k=1 + count // 5):
                 changed[place] ^= 1 << rng.randrange(8)
             cut.append(bytes(changed))
@@ -111,17 +111,17 @@ def odd_images(folder):
 def wrong_types():
     odd = [None, 5, -1.5, True, "", "x", [], {}, [[]], [None], [5], [{}], {"a": 1}, float("inf")]
     for place, value in itertools.product(("turn", "from", "value"), odd):
-        said = turns()
+        conversation = turns()
         if place == "turn":
-            said[1] = value
+            conversation[1] = value
         else:
-            said[1][place] = value
+            conversation[1][place] = value
         is_text = place == "value" and isinstance(value, str)
-        yield f"{place} {value!r}", {"conversations": said}, GOOD if is_text else BAD
+        yield f"{place} {value!r}", {"conversations": conversation}, GOOD if is_text else BAD
     for value in odd:
         yield f"conversations {value!r}", {"conversations": value}, BAD
         for name in ("image", "images", "video"):
-            # Null is as if it were not there, an empty list is no image; but a video has some.
+            # Null is as good as absent, and so is an empty list of images, but not an empty video.
             is_none = value is None or (value == [] and name != "video")
             record = {name: value, "conversations": turns()}
             yield f"{name} {value!r}", record, GOOD if is_none else BAD
@@ -174,11 +174,11 @@ def odd_texts():
     for token in (*NEO_TOKENS, "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<think>", "<video>"):
         for question, answer, count in itertools.product(("", token), ("", token * 3), (0, 1)):
             record = {"images": [image] * count, "conversations": turns(question, answer)}
-            # A visual token needs its image; all others are only odd.
+            # A visual token without an image is bad; all other tokens are only odd.
             is_bad = token == "<IMG_CONTEXT>" and bool(question + answer)
             yield f"{question!r} {answer!r} {count}", record, BAD if is_bad else GOOD
     fake = "<img><IMG_CONTEXT></img>"
-    yield "an image that is none", {"conversations": turns(fake)}, BAD
+    yield "visual tokens without an image", {"conversations": turns(fake)}, BAD
     for text in ("\0", "\n" * 50, "\u202e\u200d", "\U0010ffff", "\ufeff", "e\u0301" * 20):
         yield f"text {text!r:.30}", {"conversations": turns(text, text)}, GOOD
     yield "half a character", {"conversations": turns("?", "\ud83d")}, BAD

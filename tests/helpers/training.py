@@ -1,4 +1,4 @@
-"""What tests of training share: a tiny run, and the official code's documents packed in rows."""
+"""Shared by tests of training: a tiny run, and the documents of the golden files in rows."""
 
 import functools
 import json
@@ -26,6 +26,7 @@ CONFIG = Config(
 
 
 def losses(workdir):
+    """The loss of each step in `metrics.jsonl`."""
     rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
@@ -39,7 +40,7 @@ def document(number, weights="square"):
 
 @functools.cache
 def packed(weights="square", rows=1):
-    """The golden's row, the documents in its order; or a document in each of `rows`."""
+    """The four golden documents, all in one row, in order; or each in a row of its own."""
     documents = [document(number, weights) for number in range(4)]
     if rows == 1:
         row = {name: np.concatenate([d[name] for d in documents]) for name in documents[0]}

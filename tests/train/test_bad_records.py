@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow's, of damage
 
 @dataclasses.dataclass
 class Case:
-    """A data set, and what must become of each record."""
+    """A data set, and the outcome that each record must have."""
 
     mixture: Mixture
     names: list[str]  # of records
@@ -69,7 +69,7 @@ def one_pass(case: Case, shard=(0, 1), workers=0):
 
 
 def counted(found) -> tuple[Counter, Counter]:
-    """How often each record was used, and (record, why) skipped."""
+    """How often each record was used, and how often each (record, reason) was skipped."""
     used = np.concatenate([batch["records"].reshape(-1) for batch in found])
     skipped = np.concatenate([batch["skipped"].reshape(-1, 2) for batch in found])
     return (
@@ -102,7 +102,7 @@ def test_worker_processes_lose_nothing(case):
 
 
 def test_packing_loses_and_doubles_nothing(case):
-    """Each document of a row, cut out again, is what its record alone comes to."""
+    """Each document of a packed row equals the example of its record alone."""
     limits, rng, seen = CONFIG.limits(), np.random.default_rng(0), 0
     for batch in one_pass(case):
         for row in range(len(batch["tokens"])):
@@ -131,8 +131,8 @@ def test_every_skipped_record_is_explained(case):
         for number, (name, outcome) in enumerate(zip(case.names, case.outcomes, strict=True)):
             if outcome == GOOD:
                 continue
-            said = explain(case.mixture, TOKENIZER, limits, number)
-            place, _, reason = said.partition(f":{number + 1}: ")
+            explanation = explain(case.mixture, TOKENIZER, limits, number)
+            place, _, reason = explanation.partition(f":{number + 1}: ")
             assert place == case.mixture.sources[0].records.name, name
             assert reason, name
             assert "could not be read when it was needed" not in reason, name

@@ -1,4 +1,4 @@
-"""Several processes as one run, as the hosts of a pod are."""
+"""A run of several processes, like the hosts of a pod."""
 
 import os
 import signal
@@ -52,9 +52,9 @@ def two_hosts(script, workdir):
 
 @pytest.mark.slow
 def test_two_hosts_train_as_one(tmp_path):
-    """Each feeds its half of the rows; a single process that has all of them finds the same.
+    """Each host feeds half of the rows; a single process with all rows gets the same losses.
 
-    One of them is told to stop: both save the same step, and go on from there.
+    One host gets SIGTERM: both save the same step, and resume from it.
     """
     script, workdir = tmp_path / "config.py", tmp_path / "run"
     pod = POD.format(root=str(ROOT), tests=str(ROOT / "tests"), cache=str(tmp_path / "programs"))

@@ -1,4 +1,4 @@
-"""Whole runs: the same losses however often they are stopped, on whichever mesh they go on."""
+"""Whole runs: the same losses however often they are stopped, and on any mesh they resume on."""
 
 import dataclasses
 import json
