@@ -84,7 +84,7 @@ def predict(
     """Answers this host's share of the rows that have no answer in `folder` yet.
 
     Args:
-      serve: as of `infer.offline.run_batch`; not called if no row is missing.
+      serve: as of `infer.offline.run_batch`; not called if no host has a missing row.
       limit: use only the first rows.
       retry_errors: ask again the rows whose answer is an error.
       on_progress: called first and after each answer.
