@@ -80,7 +80,7 @@ def write_checkpoint(
 
 
 def write_tokenizer(directory: Path, vocab_size: int) -> None:
-    """Writes a tokenizer of single bytes (slow format), with NEO's ids if the vocabulary has room."""
+    """Writes a tokenizer of single bytes (slow format), with NEO's ids if there is room."""
     base = 151643 if vocab_size > 151681 else 256
     vocab = {character: number for number, character in enumerate(_byte_characters())}
     vocab |= {f"<unused_{number}>": number for number in range(256, base)}

@@ -1,7 +1,7 @@
-"""How long the kernels take: for attention visited blocks of a packing, times counted cycles.
+"""Estimates the time of the kernels. Attention: the blocks of a packing times counted cycles.
 
-The compiler makes no estimate of a kernel. `kernel_cycles.json` has the instruction bundles of each
-kernel's steps, counted in the final program (benchmarks/kernel_cycles.py).
+The compiler does not estimate kernels. `kernel_cycles.json` has the instruction bundles of each
+kernel's steps, counted in the final program (`benchmarks/kernel_cycles.py`); a bundle is a cycle.
 """
 
 import dataclasses
@@ -16,16 +16,16 @@ from neo_jax.model_config import ModelConfig
 from neo_jax.plan.chips import Chip
 from neo_jax.plan.hlo import Computation, Instruction
 from neo_jax.plan.kernel_costs import (
-    BLOCK,
     BLOCK_K,
     BLOCK_Q,
     PRODUCTS,
     STACKED,
+    STREAM_BLOCK,
     STREAMED,
     flops_per_pair,
     read_bytes,
 )
-from neo_jax.plan.packing import Row, visited
+from neo_jax.plan.packing import Row, count_blocks
 from neo_jax.plan.timeline import KernelWork
 
 TABLE = Path(__file__).with_name("kernel_cycles.json")
@@ -33,23 +33,23 @@ TABLE = Path(__file__).with_name("kernel_cycles.json")
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """Of one kernel on one chip. A step takes a visit of all query heads that share a key head."""
+    """Cycles of a kernel on a chip. A step is one block, for all query heads of a key head."""
 
     block_q: int
     block_k: int
-    masked: float  # cycles of one query head, on one core
-    full: float  # the same, where no mask is needed
-    step: float  # cycles of a step, whatever it computes
+    masked: float  # cycles of a partial block, of one query head on one core
+    full: float  # cycles of a full block, which needs no mask
+    step: float  # overhead of a step, once for all query heads
 
-    def cycles(self, visits: float, whole: float, groups: int, heads_of_group: int) -> float:
-        """Of visits, of which `whole` need no mask, of so many groups of query heads."""
-        bodies = (visits - whole) * self.masked + whole * self.full
-        return groups * (heads_of_group * bodies + visits * self.step)
+    def cycles(self, blocks: float, full: float, groups: int, heads_of_group: int) -> float:
+        """Cycles of so many blocks, `full` of them full ones, for all groups of query heads."""
+        bodies = (blocks - full) * self.masked + full * self.full
+        return groups * (heads_of_group * bodies + blocks * self.step)
 
 
 @functools.cache
 def table() -> dict[str, dict[str, Steps]]:
-    """Kernel to chip to what its steps take."""
+    """The cycles of attention kernels, by kernel and chip."""
     kernels = json.loads(TABLE.read_text())["kernels"]
     return {
         kernel: {chip: Steps(**numbers) for chip, numbers in chips.items()}
@@ -59,29 +59,29 @@ def table() -> dict[str, dict[str, Steps]]:
 
 @functools.cache
 def streamed() -> dict[str, dict[str, int]]:
-    """Kernel to chip to the cycles of a block, of kernels that do the same with every block."""
+    """The cycles of a block of streaming kernels, by kernel and chip."""
     return json.loads(TABLE.read_text())["streamed"]
 
 
 def kernel_name(one: Instruction) -> str | None:
-    """Which kernel a call is of: the longest name that it has in it."""
+    """The kernel that a call runs: the longest known name in it. None for an unknown one."""
     where, known = f"{one.name} {one.op_name}", [*PRODUCTS, *STREAMED, *STACKED]
     return max((name for name in known if name in where), key=len, default=None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
-    """Attention on one device, of one call of a kernel."""
+    """The work of kernels on one device, from a call's shapes and the packing of rows."""
 
     chip: Chip
-    rows: tuple[Row, ...]  # sampled rows of the packing; none: of a prompt, one row at a time
-    rows_per_call: float  # that one device computes in a call; a part of one with context parallel
+    rows: tuple[Row, ...]  # sampled rows of the packing; none for a prompt, one row at a time
+    rows_per_call: float  # of one device and call; less than 1 with context parallelism
     groups: int  # key heads of a device
-    heads_of_group: int
-    widths: tuple[int, int]  # of queries and keys, of values
+    heads_of_group: int  # query heads of a key head
+    widths: tuple[int, int]  # of queries and keys, and of values
 
     def work(self, one: Instruction, where: Computation) -> KernelWork | None:
-        """Of a call; of attention the mean over the sampled rows. None for an unknown kernel."""
+        """The work of a call; of attention, the mean over sampled rows. None for other kernels."""
         name = kernel_name(one) or ""
         if name in STACKED:
             operands = [where.by_name[operand] for operand in one.operands]
@@ -91,9 +91,9 @@ class Attention:
         steps = table().get(name, {}).get(self.chip.name)
         if steps is None:
             return None
-        visits, whole = self._mean_visits(steps, one, where)
-        cycles = steps.cycles(visits, whole, self.groups, self.heads_of_group)
-        pairs = visits * steps.block_q * steps.block_k * self.groups * self.heads_of_group
+        blocks, full = self._mean_blocks(steps, one, where)
+        cycles = steps.cycles(blocks, full, self.groups, self.heads_of_group)
+        pairs = blocks * steps.block_q * steps.block_k * self.groups * self.heads_of_group
         return KernelWork(
             self.rows_per_call * cycles / self.chip.cores / self.chip.clock,
             self.rows_per_call * pairs * flops_per_pair(name, *self.widths),
@@ -104,36 +104,37 @@ class Attention:
         if cycles is None:
             return None
         heads = [array for array in one.arrays if len(array.shape) == 3]
-        blocks = sum(math.prod(array.shape) for array in heads) / BLOCK
-        # One after the other, on one core; or as fast as memory gives and takes them.
+        blocks = sum(math.prod(array.shape) for array in heads) / STREAM_BLOCK
+        # Bound by cycles, one block after the other on one core, or by memory.
         result_bytes = sum(array.bytes for array in heads)
         moved = STREAMED[name] * result_bytes / self.chip.hbm_bandwidth
         return KernelWork(max(blocks * cycles / self.chip.clock, moved))
 
     @functools.cached_property
     def imbalance(self) -> float:
-        """Visits of the fullest sampled row, per visits of the mean one: what all wait for."""
-        visits = self._visits(BLOCK_Q, BLOCK_K)[:, 0]
-        return float(visits.max() / visits.mean())
+        """Blocks of the longest sampled row over the mean: all devices wait for the longest."""
+        blocks = self._count_blocks(BLOCK_Q, BLOCK_K)[:, 0]
+        return float(blocks.max() / blocks.mean())
 
-    def _mean_visits(self, steps: Steps, one: Instruction, where: Computation) -> np.ndarray:
+    def _mean_blocks(self, steps: Steps, one: Instruction, where: Computation) -> np.ndarray:
         if self.rows:
-            return self._visits(steps.block_q, steps.block_k).mean(axis=0)
+            return self._count_blocks(steps.block_q, steps.block_k).mean(axis=0)
         operands = [where.by_name[operand].arrays[0].shape for operand in one.operands]
         queries, keys = [shape[1] for shape in operands if len(shape) == 3][:2]
-        # A row of a prompt takes the smallest power of two of keys: it sees 3/4 in the mean. Its
-        # blocks of queries are smaller than those whose cycles are known.
-        visits = max(1.0, 0.75 * keys / steps.block_k) * queries / steps.block_q
-        return np.array([visits, 0.0])
+        # A row of a prompt takes the smallest power of two of keys and attends to 3/4 of them in
+        # the mean. Its blocks of queries are smaller than those whose cycles were counted.
+        blocks = max(1.0, 0.75 * keys / steps.block_k) * queries / steps.block_q
+        return np.array([blocks, 0.0])
 
-    def _visits(self, block_q: int, block_k: int) -> np.ndarray:
-        return np.array([visited(row, block_q, block_k) for row in self.rows], float)
+    def _count_blocks(self, block_q: int, block_k: int) -> np.ndarray:
+        """[rows, 2]: blocks, and full blocks."""
+        return np.array([count_blocks(row, block_q, block_k) for row in self.rows], float)
 
 
 def attention(
     chip: Chip, c: ModelConfig, rows: tuple[Row, ...], rows_per_call: float, tensor: int
 ) -> Attention:
-    """Of a model whose heads are split over `tensor` devices."""
+    """The kernels of a model whose heads are split over `tensor` devices."""
     groups = max(1, c.num_key_value_heads // tensor)
     heads = c.num_attention_heads // c.num_key_value_heads
     return Attention(chip, rows, rows_per_call, groups, heads, (c.qk_width, c.head_dim))

@@ -1,10 +1,9 @@
-"""What a device of each TPU generation has, and the compiler's options for it: one table.
+"""The table of TPU generations: a device's FLOPs, memory and links, and the compiler's options.
 
-A device is what JAX calls one: a chip, but half a chip on v7x. Sources: the TPU pages of the Google
+A device is a device of JAX: a chip, but half a chip on v7x. Sources: the TPU pages of the Google
 Cloud documentation (v5e, v5p, v6e, TPU7x) for FLOPs, memory and links; `usable_gib` is the limit
-that the compiler itself names when a program does not fit. The clock is the one that gives the
-documented FLOPs with the products that the compiler counts per cycle, and turns its cycles into
-seconds.
+that the compiler itself names when a program does not fit. `clock` turns the compiler's cycles into
+seconds: at this clock, the products that the compiler counts per cycle give the documented FLOPs.
 """
 
 import dataclasses
@@ -15,15 +14,15 @@ from neo_jax.errors import InputError
 @dataclasses.dataclass(frozen=True)
 class Chip:
     name: str
-    spelling: str  # of the compiler, in topologies
+    spelling: str  # the compiler's name for it, in topologies
     flops: float  # dense bfloat16, per second of a device
     clock: float  # cycles per second
-    usable_gib: float  # HBM of a device that a program can have
+    usable_gib: float  # HBM of a device that a program can use
     hbm_bandwidth: float  # bytes per second of a device
     link_bandwidth: float  # bytes per second of one link between neighbours, one way
-    ring: int  # a side of the slice that is a multiple of this is closed to a ring
-    cores: int  # of a device: each runs its share of a kernel's heads
-    flags: tuple[tuple[str, str], ...]  # of the compiler, for runs and for plans
+    ring: int  # a side of the slice is a ring if its length is a multiple of this
+    cores: int  # of a device; each computes its share of a kernel's heads
+    flags: tuple[tuple[str, str], ...]  # of the compiler, for runs and plans
     to_read: tuple[tuple[str, str], ...]  # for plans only
 
     @property
@@ -32,18 +31,18 @@ class Chip:
         return " ".join(f"--{name}={value}" for name, value in self.flags)
 
     def options(self, with_flags: bool = True) -> dict[str, str]:
-        """Of the compiler, for plans."""
+        """The compiler's options for a plan."""
         return dict(self.to_read) | (dict(self.flags) if with_flags else {})
 
 
-# How much VMEM a fusion may use. By the compiler's own estimate half of a chip's takes a sixth of
-# the cycles off a step; compiling takes several times as long.
+# The VMEM that a fusion may use: half of a chip's. By the compiler's own estimate, this saves a
+# sixth of a step's cycles; compiling takes several times as long.
 _VMEM = (("xla_tpu_scoped_vmem_limit_kib", "65536"),)
 _VMEM_V5P = (("xla_tpu_scoped_vmem_limit_kib", "32768"),)
 
-# What the compiler hands to the SparseCore it cannot print (jaxlib 0.10.2 with libtpu 0.0.52), so
-# plans keep it on the TensorCore: gathers of embedding rows, and on v7x collectives too, which
-# a real run can hide better than its plan says.
+# The compiler cannot print what it offloads to the SparseCore (jaxlib 0.10.2 with libtpu 0.0.52).
+# So plans keep gathers of embedding rows on the TensorCore, on v7x collectives too. A real run can
+# hide those better than its plan says.
 _GATHERS = (("xla_tpu_offload_gather_to_sparsecore", "false"),)
 _ALL_OFFLOADS = (
     *_GATHERS,
@@ -64,7 +63,7 @@ CHIPS = {row[0]: Chip(*row) for row in _TABLE}
 
 
 def find_chip(name: str) -> Chip:
-    """Raises InputError for a generation that is not in the table."""
+    """The row of a generation, such as "v5e"; InputError names the known ones."""
     if name not in CHIPS:
         raise InputError(f"{name!r}: no such TPU; there are {', '.join(CHIPS)}")
     return CHIPS[name]

@@ -1,8 +1,8 @@
-"""Compiled programs on disk, so that a plan is made again in seconds.
+"""A cache of compiled programs on disk, so that repeating a plan takes seconds.
 
-What is kept is what the compiler gave: memory and text. A plan is read from it anew each time, so
-changes of how plans are read need no compilation, and changes of what is compiled always have one:
-the key has versions, the source of everything that a program is made of, and the request.
+An entry is the compiler's output: memory and text. Plans are read from it each time, so a change of
+how plans are read needs no compilation. A change of the program always does: an entry's key hashes
+the request, the versions of packages, and the source files of which programs are made.
 """
 
 import functools
@@ -21,11 +21,11 @@ import jax
 
 from neo_jax.plan.program import Compiled, Memory, compiled
 
-MINUTES = (1.5, 8)  # that a train step of a large model takes to compile on a few cores
+MINUTES = (1.5, 8)  # to compile a train step of a large model on a few cores
 _PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")
 FLAGS = ("LIBTPU_INIT_ARGS", "XLA_FLAGS")
 _ROOT = Path(__file__).parents[1]
-# What a program is made of; of this package, only how it is lowered.
+# The sources of programs; of plan/, only those that lower them.
 _SOURCES = ("*.py", "model/*.py", "kernels/*.py", "train/*.py", "infer/*.py", "plan/program.py",
             "plan/serving.py", "weights/place.py")  # fmt: skip
 
@@ -37,7 +37,7 @@ def compiled_once(
     *,
     use_cache: bool = True,
 ) -> tuple[Compiled, bool]:
-    """The program of a request, and whether it was there already.
+    """Returns the program of a request, and whether it came from the cache.
 
     Raises:
       InputError: when the compiler refuses an option.
@@ -45,7 +45,7 @@ def compiled_once(
     name = key(request)
     if use_cache and (found := load(name)):
         return found, True
-    print(  # since the compiler says nothing meanwhile
+    print(  # the compiler itself shows no progress
         f"compiling {request['program']} for {request['topology']}: seconds for a small model, "
         f"{MINUTES[0]} to {MINUTES[1]} minutes for a large one",
         file=sys.stderr,
@@ -56,22 +56,22 @@ def compiled_once(
 
 
 def directory() -> Path:
-    """NEO_JAX_PLANS, or neo_jax/plans in the user's cache."""
+    """The cache's directory: NEO_JAX_PLANS, or neo_jax/plans in the user's cache directory."""
     named = os.environ.get("NEO_JAX_PLANS")
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(named) if named else Path(cache) / "neo_jax" / "plans"
 
 
 def key(request: dict) -> str:
-    """Of everything that the program depends on."""
+    """A hash of everything that the program depends on."""
     whole = {"request": request, "versions": versions(), "sources": sources()}
-    # The compiler reads these itself.
+    # Flags that the compiler reads from the environment.
     whole |= {name: os.environ[name] for name in FLAGS if os.environ.get(name)}
     return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
 def load(name: str) -> Compiled | None:
-    """None if it is not there, or was left half written."""
+    """Reads a program; None if it is missing or damaged."""
     try:
         with gzip.open(directory() / f"{name}.json.gz", "rt") as file:
             kept = json.load(file)
@@ -84,6 +84,7 @@ def load(name: str) -> Compiled | None:
 
 
 def store(name: str, compiled: Compiled, request: dict) -> None:
+    """Writes a program atomically, with its request for people to read."""
     path = directory() / f"{name}.json.gz"
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{name}.{os.getpid()}")
@@ -94,7 +95,7 @@ def store(name: str, compiled: Compiled, request: dict) -> None:
 
 @functools.cache
 def sources() -> str:
-    """A hash of the package's own code that programs are made of."""
+    """A hash of the source files of which programs are made."""
     digest = hashlib.sha256()
     for pattern in _SOURCES:
         for path in sorted(_ROOT.glob(pattern)):
@@ -103,6 +104,7 @@ def sources() -> str:
 
 
 def versions() -> dict[str, str]:
+    """The versions of JAX, of the compiler and of packages that programs depend on."""
     found = {}
     for name in _PACKAGES:
         try:

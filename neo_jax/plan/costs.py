@@ -1,4 +1,4 @@
-"""From a compiled program to the figures of a plan."""
+"""Turns a compiled program into the numbers of a plan."""
 
 from collections.abc import Iterable, Sequence
 
@@ -17,12 +17,14 @@ from neo_jax.train.metrics import flops_per_batch
 
 
 def read(text: str, topology: Topology, mesh: Mesh, kernels: Kernels, **options) -> Totals:
-    """Adds up a program's final text; options are those of `timeline.walk`."""
+    """Adds up the work in a program's final text. Options are those of `timeline.walk`."""
     network = Network(topology, mesh)
     return timeline.walk(hlo.parse(text), network, topology.chip.clock, kernels, **options)
 
 
 def times(totals: Totals, chip: Chip) -> Times:
+    """The times of a program's work on a chip."""
+
     def seconds(which: int) -> dict[str, float]:
         sums: dict[str, float] = {}
         for key, cycles in totals.cycles.items():
@@ -43,7 +45,7 @@ def times(totals: Totals, chip: Chip) -> Times:
 
 
 def longest(totals: Totals, chip: Chip, most: int = 12) -> tuple[tuple[str, float, float], ...]:
-    """The operations that take longest: what they are, how often they run, seconds together."""
+    """The longest operations: name, number of runs, seconds of all runs."""
     ranked = sorted(totals.operations.items(), key=lambda item: -item[1][0])[:most]
     return tuple((name, runs, cycles / chip.clock) for name, (cycles, runs) in ranked)
 
@@ -64,9 +66,9 @@ def traffic(totals: Totals) -> tuple[Traffic, ...]:
 
 
 def all_reduced(totals: Totals) -> dict[str, float]:
-    """Bytes that are all-reduced over axes that split the batch, by the largest array of each.
+    """Bytes of all-reduces over mesh axes that split the batch, by each one's largest array.
 
-    Gradients of weights should be scattered instead: half the traffic.
+    Gradients of weights should be reduce-scattered instead, with half the traffic.
     """
     axes, found = set(axis_names("batch")), {}
     for one, count, _ in totals.collectives:
@@ -76,7 +78,7 @@ def all_reduced(totals: Totals) -> dict[str, float]:
 
 
 def largest_all_gather(totals: Totals) -> tuple[int, str]:
-    """Its bytes, and what it is."""
+    """The bytes of the largest all-gather, and its array."""
     gathers: Iterable[Collective] = (
         one for one, _, _ in totals.collectives if one.kind == "all-gather"
     )
@@ -85,10 +87,10 @@ def largest_all_gather(totals: Totals) -> tuple[int, str]:
 
 
 def model_flops(c: ModelConfig, trainable: Sequence[str], rows: Sequence[Row]) -> float:
-    """Products that training on rows needs, by the keys that their tokens see; padding needs none.
+    """FLOPs that training on rows needs, given the keys that tokens attend to. Padding needs none.
 
     Args:
-      trainable: path rules; the weights of what is frozen have no gradients.
+      trainable: path rules; frozen weights have no gradients.
     """
     tokens = sum(row.tokens for row in rows)
     patches = 4 * sum(row.image_tokens for row in rows)
@@ -96,6 +98,6 @@ def model_flops(c: ModelConfig, trainable: Sequence[str], rows: Sequence[Row]) -
 
 
 def axis_names(dimension: str) -> tuple[str, ...]:
-    """Mesh axes that split a dimension."""
+    """The mesh axes that split a dimension."""
     axes = AXES[dimension]
     return (axes,) if isinstance(axes, str) else tuple(axes)

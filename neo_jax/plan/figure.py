@@ -1,4 +1,4 @@
-"""Draws plans: where the memory of a device and the time of a step go."""
+"""Draws plans as bars: the parts of a device's memory and of a step's time."""
 
 from collections.abc import Sequence
 

@@ -1,6 +1,6 @@
-"""Reads the text of a compiled program: computations, instructions, types, how often loops run.
+"""Parses the text of a compiled program: computations, instructions, types, trip counts of loops.
 
-The text is XLA's, after all optimisations and in the order in which the device runs it.
+The text is XLA's HLO after all optimisations, in the order in which the device runs it.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ class Array:
 
     dtype: str
     shape: tuple[int, ...]
-    is_in_vmem: bool  # else in HBM, or of no size worth counting
+    is_in_vmem: bool  # otherwise in HBM, or too small to count
 
     @property
     def bytes(self) -> int:
@@ -42,29 +42,29 @@ class Instruction:
 
     @functools.cached_property
     def arrays(self) -> tuple[Array, ...]:
-        """The arrays of its result, flattened."""
+        """The arrays of the result, flattened."""
         return arrays(self.type)
 
     def called(self, key: str = "calls") -> str | None:
-        """The computation that an attribute names."""
+        """The name of the computation that an attribute calls."""
         found = re.search(rf"\b{key}=%?([\w.\-]+)", self.attributes)
         return found and found[1]
 
     @functools.cached_property
     def cycles(self) -> int:
-        """The compiler's own estimate; 0 where it makes none."""
+        """The compiler's own estimate of cycles; 0 if it makes none."""
         found = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
         return int(found[1]) if found else 0
 
     @functools.cached_property
     def op_name(self) -> str:
-        """Where in the traced function it comes from."""
+        """The place in the traced function, such as "jit(step)/mlp/dot"."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found[1] if found else ""
 
     @property
     def target(self) -> str:
-        """Of a custom call."""
+        """The target of a custom call."""
         found = re.search(r'custom_call_target="([^"]*)"', self.attributes)
         return found[1] if found else ""
 
@@ -95,7 +95,7 @@ class Module:
         return self.computations[name]
 
     def trips(self, loop: Instruction, where: Computation) -> int | None:
-        """How often a `while` runs; None if that depends on data."""
+        """The trip count of a `while`; None if it depends on data."""
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if known:
             return int(known[1])
@@ -137,7 +137,7 @@ def parse(text: str) -> Module:
 
 
 def arrays(type_text: str) -> tuple[Array, ...]:
-    """The arrays of a type: one, or those of a tuple."""
+    """The arrays of a type: one array, or those of a tuple."""
     return tuple(
         Array(dtype, tuple(int(size) for size in shape.split(",") if size), "S(1)" in layout)
         for dtype, shape, layout in _ARRAY.findall(type_text)
@@ -161,14 +161,14 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _source(computation: Computation, one: Instruction) -> Instruction:
-    """What a value is a copy of."""
+    """The instruction of which a value is a copy."""
     while one.op in ("bitcast", "copy", "convert", "reshape"):
         one = computation.operand(one, 0)
     return one
 
 
 def _place(computation: Computation, one: Instruction) -> int | str | None:
-    """A constant's value, or as text the number of the carried value that it is."""
+    """The value of a constant, or (as text) the index of a value that the loop carries."""
     one = _source(computation, one)
     if one.op == "constant" and re.fullmatch(r"-?\d+", one.operands[0]):
         return int(one.operands[0])
@@ -178,7 +178,7 @@ def _place(computation: Computation, one: Instruction) -> int | str | None:
 
 
 def _limit(module: Module, condition: Computation) -> tuple[int, int | str] | None:
-    """(number of the carried counter, its bound) of a loop that counts up to something."""
+    """(index of the carried counter, bound) of a loop that counts up; None for other loops."""
     root = condition.root
     places = [_place(condition, condition.operand(root, i)) for i in range(len(root.operands))]
     compare = root
@@ -201,6 +201,7 @@ def _limit(module: Module, condition: Computation) -> tuple[int, int | str] | No
 
 
 def _carried_constant(where: Computation, start: Instruction, index: int) -> int | None:
+    """The constant with which a carried value starts; None if it is not one."""
     if start.op != "tuple":
         return None
     value = _place(where, where.operand(start, index))
@@ -208,7 +209,7 @@ def _carried_constant(where: Computation, start: Instruction, index: int) -> int
 
 
 def _step(module: Module, body: Computation, counter: int) -> int:
-    """By how much the counter grows; 1 where that cannot be read."""
+    """The increment of the counter; 1 if it cannot be read."""
     root = body.root
     if root.op != "tuple":
         return 1

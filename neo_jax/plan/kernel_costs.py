@@ -1,6 +1,7 @@
-"""The kernels whose work plans count, by their names in programs.
+"""FLOPs and bytes of our kernels, by their names in compiled programs.
 
-A visit is a block of queries against a block of keys.
+A block of attention is a block of queries against a block of keys, one entry of the kernels' block
+list.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from neo_jax.plan.hlo import Instruction
 
 BLOCK_Q, BLOCK_K = BLOCKS
 
-# Products of a visit: how many are as wide as queries and keys, how many as values.
+# Matrix products of a block: how many are as wide as queries and keys, how many as values.
 PRODUCTS = {
     pallas_forward.NAME: (1, 1),
     pallas_backward.NAME: (3, 2),
@@ -19,17 +20,17 @@ PRODUCTS = {
     f"{pallas_backward.NAME}_keys": (2, 2),
 }
 
-# Kernels that do the same with every block of their results: its numbers, and how many times those
-# are moved, counting what is read.
-BLOCK = norm_rope.ROWS * norm_rope.MOST_HEADS * 2 * norm_rope.LANES
+# Streaming kernels do the same with every block of their results. How many numbers a block has, and
+# for each kernel, how many times as many bytes as its results it moves, reads included.
+STREAM_BLOCK = norm_rope.ROWS * norm_rope.MAX_HEADS * 2 * norm_rope.LANES
 STREAMED = {f"{norm_rope.NAME}_forward": 2, f"{norm_rope.NAME}_backward": 3}
 
-# Kernels that read one layer of stacks of caches, as fast as memory gives it.
+# Kernels that read one layer of stacked caches; memory bandwidth bounds them.
 STACKED = {decode_attention.NAME}
 
 
 def read_bytes(one: Instruction, operands: Sequence[Instruction]) -> int:
-    """Of HBM, by a call of a kernel: of stacked caches a layer, with all slots full."""
+    """Bytes of HBM that a kernel's call reads: of stacked caches, one layer with all slots full."""
     arrays = [array for operand in operands for array in operand.arrays if not array.is_in_vmem]
     if not any(name in one.name for name in STACKED):
         return sum(array.bytes for array in arrays)
@@ -39,6 +40,6 @@ def read_bytes(one: Instruction, operands: Sequence[Instruction]) -> int:
 
 
 def flops_per_pair(kernel: str, qk_width: int, v_width: int) -> int:
-    """Of a query and a key, of one head."""
+    """FLOPs of a kernel for one query and one key, of one head."""
     wide, narrow = PRODUCTS[kernel]
     return 2 * (wide * qk_width + narrow * v_width)

@@ -1,4 +1,4 @@
-"""What devices send to each other: kind, axes of the mesh, bytes and least time of each."""
+"""Reads the collectives of a compiled program: kind, mesh axes, bytes and least time of each."""
 
 import dataclasses
 import math
@@ -19,21 +19,21 @@ STARTS, ENDS = "AsyncCollectiveStart", "AsyncCollectiveDone"
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One instruction's, for one time that it runs."""
+    """One run of a collective instruction."""
 
     kind: str
-    axes: tuple[str, ...]  # of the mesh, along which it goes
-    group: int  # devices that take part together
-    bytes: int  # of the whole: what is gathered, reduced, or scattered, on each device
+    axes: tuple[str, ...]  # of the mesh
+    group: int  # how many devices take part together
+    bytes: int  # of the whole gathered, reduced or scattered array, on each device
     largest: int  # bytes of its largest array
-    array: str  # that one's type and shape
+    array: str  # the type and shape of the largest array
     sent: float  # bytes that a device must send
-    seconds: float  # at the least
+    seconds: float  # at least
     op_name: str
 
 
 class Network:
-    """Says what a collective costs on a mesh of a slice."""
+    """The links between the devices of a mesh, and what a collective costs on them."""
 
     def __init__(self, topology: Topology, mesh: Mesh):
         self._topology, self._mesh = topology, mesh
@@ -41,13 +41,15 @@ class Network:
         self._bandwidth: dict[tuple[int, ...], float] = {}
 
     def collective(self, one: Instruction, is_scattered: bool = False) -> Collective:
-        """Of an instruction of one of KINDS, or its `-start`.
+        """The collective of an instruction.
 
-        `is_scattered`: an all-reduce of which every device keeps only its part.
+        Args:
+          one: an instruction of one of KINDS, or its `-start`.
+          is_scattered: for an all-reduce of which each device keeps only its shard.
         """
         kind = one.op.removesuffix("-start")
         arrays = one.arrays
-        if one.op == "all-gather-start":  # what goes in, then what comes out
+        if one.op == "all-gather-start":  # operands, then results
             arrays = arrays[len(arrays) // 2 :]
         elif one.op == "collective-permute-start":
             arrays = arrays[1:2]
@@ -72,6 +74,7 @@ class Network:
         return Collective(kind, axes, count, total, max(sizes), named, sent, seconds, one.op_name)
 
     def _axes(self, group: list[int]) -> tuple[str, ...]:
+        """The mesh axes along which the devices of a group differ."""
         places = np.array(np.unravel_index(group, self._mesh.devices.shape))
         return tuple(
             name
@@ -81,7 +84,7 @@ class Network:
 
 
 def members(text: str, count: int) -> list[int]:
-    """Numbers in the mesh, of `count` devices, of the first group's."""
+    """The devices of the first group, as numbers in a mesh of `count` devices."""
     pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", text)
     if pairs:
         return sorted({int(pairs[1]), int(pairs[2])})
@@ -97,14 +100,14 @@ def members(text: str, count: int) -> list[int]:
         return numbers.reshape(shape)[0].tolist()
     named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text)
     if named:
-        return _of_named(named[1], named[2])
+        return _named_mesh_group(named[1], named[2])
     return list(range(count))
 
 
-def inside(module: Module, fusion: Instruction) -> tuple[list[Instruction], set[str]]:
-    """Collectives in a fusion, also in fusions inside it, and targets of its custom calls."""
+def fused_collectives(module: Module, fusion: Instruction) -> tuple[list[Instruction], set[str]]:
+    """The collectives in a fusion, nested ones included, and the targets of its custom calls."""
     found, targets = [], set()
-    for one in everything(module, module[fusion.called()]):
+    for one in all_instructions(module, module[fusion.called()]):
         if one.op in KINDS:
             found.append(one)
         elif one.op == "custom-call":
@@ -112,8 +115,8 @@ def inside(module: Module, fusion: Instruction) -> tuple[list[Instruction], set[
     return found, targets
 
 
-def started(module: Module) -> set[str]:
-    """Channels of the collectives that one fusion starts and another ends."""
+def async_channels(module: Module) -> set[str]:
+    """The channels of the collectives that one fusion starts and another ends."""
     found = set()
     for computation in module.computations.values():
         if any(one.target == STARTS for one in computation.instructions if one.op == "custom-call"):
@@ -121,16 +124,16 @@ def started(module: Module) -> set[str]:
     return found
 
 
-def everything(module: Module, computation: Computation):
-    """Instructions of a fused computation and of those that it calls."""
+def all_instructions(module: Module, computation: Computation):
+    """The instructions of a fused computation and of the computations that it calls."""
     for one in computation.instructions:
         yield one
         if one.op == "fusion":
-            yield from everything(module, module[one.called()])
+            yield from all_instructions(module, module[one.called()])
 
 
 def channel(one: Instruction) -> str:
-    """The same for all steps of a collective that goes through several fusions."""
+    """The id that all fusions of one asynchronous collective share."""
     found = re.search(r'chain_id="(\d+)"', one.attributes)
     return found[1] if found else one.name
 
@@ -139,7 +142,7 @@ def _numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
-def _of_named(mesh: str, used: str) -> list[int]:
+def _named_mesh_group(mesh: str, used: str) -> list[int]:
     """The first group of "'a'=16,'b'=16" over "'b'", or over a part of an axis, "'b':(2)4"."""
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
     strides, stride = {}, 1

@@ -1,7 +1,7 @@
-"""Synthetic documents, packed as the data pipeline does, and the blocks that attention visits.
+"""Packs synthetic documents as the data pipeline does, and counts the blocks of attention.
 
 How long attention takes depends on how documents fill rows. The mixes below stand for kinds of
-data; their lengths are assumptions, drawn from a fixed seed, and a plan names the one that it took.
+data. Their lengths are assumptions, sampled from a fixed seed. A plan names its mix.
 """
 
 import dataclasses
@@ -12,11 +12,11 @@ import numpy as np
 
 from neo_jax.errors import InputError
 
-# A document: the lengths of its runs of text and of its images, in order.
+# The lengths of a document's runs of text and of its images, in order.
 Document = list[tuple[str, int]]
 TEXT, IMAGE = "text", "image"
 SEED = 0
-OPEN_ROWS = 8  # that are filled at once, as data.packing_rows
+OPEN_ROWS = 8  # rows that are filled at once, as data.packing_rows
 
 
 def _caption(rng: np.random.Generator) -> Document:
@@ -58,33 +58,33 @@ MIXES: dict[str, Callable[[np.random.Generator], Document]] = {
     "text": _text,
     "mixed": _mixed,
 }
-CAUSAL = "causal"  # one text as long as the row: the most that attention can take
+CAUSAL = "causal"  # one text as long as the row: the most work for attention
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A packed row."""
+    """A packed row. Token i attends to the keys [start[i], end[i])."""
 
-    start: np.ndarray  # [L] first key that each token sees
-    end: np.ndarray  # [L] one past its last
+    start: np.ndarray  # [L]
+    end: np.ndarray  # [L]
     tokens: int  # without padding
     image_tokens: int
 
     @property
     def keys(self) -> int:
-        """That its tokens see, summed over tokens."""
+        """The keys that a token attends to, summed over tokens."""
         return int((self.end - self.start)[: self.tokens].sum())
 
 
 @functools.cache
-def packed(mix: str, length: int, count: int) -> tuple[Row, ...]:
-    """So many rows of a mix, best fit; documents that are longer than a row are left out.
+def sample_rows(mix: str, length: int, count: int) -> tuple[Row, ...]:
+    """Packs `count` rows of a mix, best fit. Documents longer than a row are left out.
 
     Raises:
-      InputError: for a mix that is not there, or of which no document fits.
+      InputError: for an unknown mix, or if no document fits into a row.
     """
     if mix == CAUSAL:
-        return (build([[(TEXT, length)]], length),) * count
+        return (build_row([[(TEXT, length)]], length),) * count
     if mix not in MIXES:
         raise InputError(f"packing {mix!r}: use one of {', '.join([*MIXES, CAUSAL])}")
     rows, opened = [], [[] for _ in range(OPEN_ROWS)]
@@ -92,9 +92,9 @@ def packed(mix: str, length: int, count: int) -> tuple[Row, ...]:
     for document in _documents(mix, length):
         size = sum(part for _, part in document)
         fitting = [i for i in range(OPEN_ROWS) if size <= room[i]]
-        if not fitting:  # the fullest is closed
+        if not fitting:  # the fullest row is finished
             place = int(np.argmin(room))
-            rows.append(build(opened[place], length))
+            rows.append(build_row(opened[place], length))
             opened[place], room[place] = [document], length - size
             if len(rows) == count:
                 return tuple(rows)
@@ -115,9 +115,9 @@ def _documents(mix: str, length: int) -> Iterator[Document]:
     raise InputError(f"packing {mix!r}: no document fits into rows of {length} tokens")
 
 
-def build(documents: list[Document], length: int) -> Row:
+def build_row(documents: list[Document], length: int) -> Row:
     """A row of documents, one after the other, then padding."""
-    start = np.arange(length)  # padding sees itself
+    start = np.arange(length)  # padding attends to itself
     end, place, image_tokens = start + 1, 0, 0
     for document in documents:
         first = place
@@ -130,28 +130,34 @@ def build(documents: list[Document], length: int) -> Row:
     return Row(start, end, place, image_tokens)
 
 
-def visited(row: Row, queries: int, keys: int) -> tuple[int, int]:
-    """Pairs of a block of queries and a block of keys that have something to see.
+def count_blocks(row: Row, block_q: int, block_k: int) -> tuple[int, int]:
+    """Counts the blocks that are not empty, and those that are full (every query sees every key).
 
-    Both bounds never fall along a row, so the keys that a block of queries sees are one run.
+    `start` and `end` never fall along a row, so the key blocks of a query block are consecutive:
+
+                   keys
+        queries    full     partial  empty
+                   partial  full     partial
+                   empty    partial  full
 
     Args:
-      queries, keys: sizes of the blocks; the last ones may be cut off.
+      row: a packed row.
+      block_q, block_k: queries and keys of a block; the last ones may have fewer.
 
     Returns:
-      how many pairs, and how many of them need no mask: every query there sees every key.
+      how many blocks are not empty, and how many of them are full, and so need no mask.
     """
     length = len(row.start)
-    first = np.arange(0, length, queries)
-    last = np.minimum(first + queries, length) - 1
-    low, high = row.start[first] // keys, -(-row.end[last] // keys)
-    # Every query of the block sees the keys [start of its last, end of its first).
-    whole_low = -(-row.start[last] // keys)
-    whole_high = np.where(row.end[first] == length, high, row.end[first] // keys)
+    first = np.arange(0, length, block_q)
+    last = np.minimum(first + block_q, length) - 1
+    low, high = row.start[first] // block_k, -(-row.end[last] // block_k)
+    # Every query of the block sees the keys [start of its last query, end of its first).
+    full_low = -(-row.start[last] // block_k)
+    full_high = np.where(row.end[first] == length, high, row.end[first] // block_k)
     # A block that is cut off at the end has fewer queries or keys than the kernel computes with.
-    is_cut = (last - first + 1 < queries) | (length % keys > 0) & (whole_high * keys > length)
-    whole = np.where(is_cut, 0, np.maximum(0, whole_high - whole_low))
-    return int((high - low).sum()), int(whole.sum())
+    is_cut = (last - first + 1 < block_q) | (length % block_k > 0) & (full_high * block_k > length)
+    full = np.where(is_cut, 0, np.maximum(0, full_high - full_low))
+    return int((high - low).sum()), int(full.sum())
 
 
 def _between(rng: np.random.Generator, low: int, high: int) -> int:

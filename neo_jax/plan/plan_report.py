@@ -1,19 +1,20 @@
-"""A plan as a table for people."""
+"""Formats plans as text tables."""
 
 from collections.abc import Iterator, Sequence
 
 from neo_jax.plan.result import GIB, NOTICE, Plan
 
-LEAST_SPARE = 0.08  # of memory: what other programs and fragments take
+LEAST_SPARE = 0.08  # the share of memory to leave for other programs and fragmentation
 _WIDTH = 34
 
 
 def table(plan: Plan) -> str:
+    """The table of one plan."""
     return "\n".join([*_head(plan), *_memory(plan), *_body(plan), "", NOTICE])
 
 
 def ranking(plans: Sequence[Plan]) -> str:
-    """Plans of one config, the fastest first; those that do not fit at the end."""
+    """A table of plans of one config, fastest first; those that do not fit come last."""
     lines = [f"{'mesh':28}{'remat':14}{'micro':>6}{'GiB':>8}{'spare':>7}{'MFU':>7}{'tokens/s':>10}"]
     for plan in sorted(plans, key=lambda plan: -plan.tokens_per_second):
         settings, memory = plan.settings, plan.memory
@@ -90,7 +91,7 @@ def _body(plan: Plan) -> Iterator[str]:
     yield ""
     for name, value in plan.notes.items():
         if value or value == 0.0:
-            yield f"{name:{_WIDTH}} {_said(value)}"
+            yield f"{name:{_WIDTH}} {_format(value)}"
     yield from _failures(plan)
 
 
@@ -103,11 +104,11 @@ def _line(name: str, value: str, rest: str = "") -> str:
     return f"{name:{_WIDTH}}{value:>12}  {rest}".rstrip()
 
 
-def _said(value) -> str:
+def _format(value) -> str:
     if isinstance(value, float):
         return f"{value:,.3f}" if value < 100 else f"{value:,.0f}"
     if isinstance(value, dict):
-        return ", ".join(f"{name} {_said(number)}" for name, number in value.items())
+        return ", ".join(f"{name} {_format(number)}" for name, number in value.items())
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return str(value)

@@ -1,7 +1,7 @@
-"""Makes docs/pods.md: the plan of every row of `configs/pods.py`, one after the other.
+"""Writes docs/pods.md: a table with the plan of every row of `configs/pods.py`.
 
-Each finished row is written at once to a JSON file beside the table, so a kill loses one row at
-most, and the next run goes on. A row whose settings changed is made again.
+Each finished row is saved to a JSON file beside the table, so that a killed run loses at most one
+row and the next run goes on. A row whose settings have changed is planned again.
 """
 
 import fcntl
@@ -24,23 +24,29 @@ from neo_jax.plan.plan_report import LEAST_SPARE
 from neo_jax.plan.result import GIB, NOTICE, Plan, from_json
 from neo_jax.plan.topology import find_topology
 
-PACKING = {"pt": "caption", "mt": "mixed", "sft": "sft"}  # the data that stands for a stage
+PACKING = {"pt": "caption", "mt": "mixed", "sft": "sft"}  # the packing that stands for a stage
 _HEAD = """# Pods
 
-What each stage and size needs on each pod, from the program that the TPU compiler makes of the real
-train step (`python -m neo_jax.plan`). {notice}
-MFU counts the products that the model needs, with the keys that packed tokens see. Synthetic rows
-stand for the data: {packing}. Made with {versions}.
-Rows with "flags" have the chip's own flags (tpu.md). Without them (`--no-flags`) a row of v5e or
-v6e is made in half the time or less, but has a lower MFU.{arguments}
+Settings, memory and speed of every training stage on every pod. The numbers come from the program
+that the TPU compiler makes of the real train step (`python -m neo_jax.plan`); nothing was run on a
+TPU. {notice}
 
-`python train.py configs/CONFIG.py --pod POD ...` takes a row's settings. Rows that are missing, or
-have other settings than `configs/pods.py`, are made by
-`python -m neo_jax.plan --pods docs/pods.md`; those that are there are made anew with `--no-cache`,
-one of them with `--only "CONFIG POD"`. One plan whole is
-`python -m neo_jax.plan configs/CONFIG.py --pod POD --packing MIX`.
+- **MFU** counts the FLOPs that the model needs, given the keys that packed tokens attend to. It is
+  an upper bound.
+- **Data** are synthetic rows: {packing}.
+- **Versions**: {versions}.
+- **flags**: whether the plan uses the chip's own compiler flags ([tpu.md](tpu.md)). Without them
+  (`--no-flags`) a row of v5e or v6e compiles in half the time or less, with a lower MFU.{arguments}
+
+To train with a row's settings: `python train.py configs/CONFIG.py --pod POD ...`.
+
+To update the table: `python -m neo_jax.plan --pods docs/pods.md`. This plans rows that are
+missing, or whose settings in `configs/pods.py` have changed. `--no-cache` plans all rows again,
+`--only "CONFIG POD"` only some.
+
+To see all of one plan: `python -m neo_jax.plan configs/CONFIG.py --pod POD --packing MIX`.
 """
-_ARGUMENTS = "*"  # marks rows that had more arguments
+_ARGUMENTS = "*"  # marks rows with LIBTPU_INIT_ARGS
 _COLUMNS = (
     "config", "pod", "mesh", "rows x length", "micro", "remat", "GiB of limit", "spare", "MFU",
     "without network", "tokens/s/chip", "step s", "bound by", "all-reduced GB", "flags",
@@ -48,16 +54,21 @@ _COLUMNS = (
 
 
 def write_table(path: str, only: str = "", *, with_flags: bool = True, anew: bool = False) -> int:
-    """Makes the rows that are missing and writes the table. Several may do so at once.
+    """Plans the rows that are missing or out of date, and writes the table.
+
+    Several processes may do so at the same time.
 
     Args:
-      path: of the Markdown file; the rows lie beside it, in a JSON file of the same name.
-      only: rows whose "config pod" has this in it.
-      with_flags: those of the chips, with which compiling takes longer.
-      anew: those that are there already, too.
+      path: of the Markdown file. The rows are saved beside it, in a JSON file of the same name.
+      only: plan only rows whose "config pod" contains this.
+      with_flags: use the chips' compiler flags; compiling takes longer.
+      anew: plan rows again that are up to date.
 
     Returns:
-      0, or 1 when a row does not fit or has less than LEAST_SPARE of its memory to spare.
+      0, or 1 if a row does not fit or leaves less than LEAST_SPARE of memory free.
+
+    Raises:
+      InputError: if there is no row for `only`, or no TPU compiler.
     """
     kept = Path(path).with_suffix(".json")
     rows = _read(kept)
@@ -65,16 +76,16 @@ def write_table(path: str, only: str = "", *, with_flags: bool = True, anew: boo
         (config, pod)
         for (config, pod), settings in PODS.items()
         if only in f"{config} {pod}"
-        and (anew or not _is_made(rows.get(f"{config} {pod}", {}), settings))
+        and (anew or not _is_current(rows.get(f"{config} {pod}", {}), settings))
     ]
     if only and not any(only in f"{config} {pod}" for config, pod in PODS):
         raise InputError(f"--only {only}: no such row in configs/pods.py")
     if wanted:
-        find_topology(wanted[0][1])  # whether there is a compiler at all
+        find_topology(wanted[0][1])  # raises InputError if there is no compiler
         print(f"{len(wanted)} of {len(PODS)} rows, minutes each", file=sys.stderr)
     for config, pod in tqdm.tqdm(wanted, unit="row"):
-        if not anew and _is_made(_read(kept).get(f"{config} {pod}", {}), PODS[config, pod]):
-            continue  # by another process
+        if not anew and _is_current(_read(kept).get(f"{config} {pod}", {}), PODS[config, pod]):
+            continue  # another process has made it
         row = {
             "settings": list(PODS[config, pod]),
             "made": {
@@ -82,29 +93,29 @@ def write_table(path: str, only: str = "", *, with_flags: bool = True, anew: boo
                 "versions": compile_cache.versions(),
                 **{name: os.environ.get(name, "") for name in compile_cache.FLAGS},
             },
-            **_row(config, pod, with_flags, anew),
+            **_plan_row(config, pod, with_flags, anew),
         }
-        _keep(kept, f"{config} {pod}", row)
+        _save_row(kept, f"{config} {pod}", row)
     rows = _read(kept)
     _replace(
         Path(path), markdown({name: rows[name] for name in map(" ".join, PODS) if name in rows})
     )
-    return 1 if any(_is_bad(row) for row in rows.values()) else 0
+    return 1 if any(_fails(row) for row in rows.values()) else 0
 
 
-def _is_made(row: dict, settings: Sequence[str]) -> bool:
-    """Whether it is of these settings. One that failed is tried again."""
+def _is_current(row: dict, settings: Sequence[str]) -> bool:
+    """Whether a row has a plan of these settings. A row that failed is tried again."""
     return row.get("settings") == list(settings) and "plan" in row
 
 
 def _read(kept: Path) -> dict[str, dict]:
-    """The rows so far, but for those that are in no table any more."""
+    """The saved rows that are still in `configs/pods.py`."""
     rows = json.loads(kept.read_text()) if kept.exists() else {}
     return {name: row for name, row in rows.items() if tuple(name.split()) in PODS}
 
 
-def _keep(kept: Path, name: str, row: dict) -> None:
-    """Adds a row, one line of the file, to what any process has put there."""
+def _save_row(kept: Path, name: str, row: dict) -> None:
+    """Adds a row to the file, one line each, under a lock: other processes add rows too."""
     folder = os.open(kept.parent, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
@@ -116,10 +127,11 @@ def _keep(kept: Path, name: str, row: dict) -> None:
 
 
 def markdown(rows: dict[str, dict]) -> str:
+    """The text of the Markdown file."""
     packing = ", ".join(f"{mix} for {stage.upper()}" for stage, mix in PACKING.items())
     versions = " or ".join(sorted({_versions(row) for row in rows.values()}))
     arguments = "".join(
-        f"\nRows with {_ARGUMENTS} were compiled with LIBTPU_INIT_ARGS=`{given}`."
+        f"\n- Rows with {_ARGUMENTS} were compiled with LIBTPU_INIT_ARGS=`{given}`."
         for given in sorted({_arguments(row) for row in rows.values()} - {""})
     )
     head = {"notice": NOTICE, "packing": packing, "versions": versions, "arguments": arguments}
@@ -166,7 +178,8 @@ def _versions(row: dict) -> str:
     return ", ".join(f"{name} {version}" for name, version in row["made"]["versions"].items())
 
 
-def _is_bad(row: dict) -> bool:
+def _fails(row: dict) -> bool:
+    """Whether a row has no plan, does not fit, or leaves too little memory free."""
     if "plan" not in row or row["plan"]["problem"] or row["plan"]["warnings"]:
         return True
     return row["plan"]["memory"]["spare"] < LEAST_SPARE
@@ -176,8 +189,8 @@ def _options(plan: Plan) -> list[str]:
     return [option.partition("=")[0] for option in plan.settings["compiler"].split()]
 
 
-def _row(config: str, pod: str, with_flags: bool, anew: bool) -> dict:
-    """Made by another process, so that its end is only the end of a row."""
+def _plan_row(config: str, pod: str, with_flags: bool, anew: bool) -> dict:
+    """Plans a row in another process: a crash of the compiler then fails one row only."""
     packing = PACKING[config.rsplit("_", 1)[1]]
     command = [sys.executable, "-m", "neo_jax.plan", config, "--pod", pod]
     with tempfile.TemporaryDirectory() as directory:
@@ -189,12 +202,13 @@ def _row(config: str, pod: str, with_flags: bool, anew: bool) -> dict:
     if ended.returncode in (130, -signal.SIGINT):
         raise KeyboardInterrupt
     if not text:
-        said = ended.stderr.strip().split("\n")[-1][:200]
-        return {"error": said or f"ended with {ended.returncode}"}
+        reason = ended.stderr.strip().split("\n")[-1][:200]
+        return {"error": reason or f"ended with {ended.returncode}"}
     return {"plan": json.loads(text)[0]}
 
 
 def _replace(path: Path, text: str) -> None:
+    """Writes a file atomically."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(text)
     partial.rename(path)

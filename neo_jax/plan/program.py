@@ -1,4 +1,4 @@
-"""Programs of this package compiled for a slice: memory, compiler's warnings, the final text."""
+"""Compiles programs of this package for a slice: memory, warnings, the final text."""
 
 import dataclasses
 import math
@@ -15,20 +15,20 @@ from neo_jax.batch import PARTITIONS, RANK
 from neo_jax.errors import InputError
 from neo_jax.model.neo import abstract_params
 from neo_jax.model_config import PATCH_CHANNELS, ModelConfig
-from neo_jax.plan.topology import standard_error
+from neo_jax.plan.topology import capture_stderr
 from neo_jax.train import param_paths
 from neo_jax.train.step import first_state, make_merge_params, make_step
 from neo_jax.train.train_config import Config
 
 _REMATERIALIZED = "Involuntary full rematerialization"
-# "... exceeds available HBM (15.75G)", "Used 20.94G of 15.75G hbm": as compilers have said it.
+# Messages of several compilers: "... exceeds available HBM (15.75G)", "Used 20.94G of 15.75G hbm".
 _SIZE = r"([\d.]+)\s*([KMGT])i?B?"
 _NO_ROOM = ("CompileTimeHbmOom", "exceeds available", "RESOURCE_EXHAUSTED", "Ran out of memory")
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of one device. What a program gives back in the place of an argument is `alias`."""
+    """Bytes of one device. `alias`: results that take the place of donated arguments."""
 
     arguments: int
     outputs: int
@@ -42,33 +42,35 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    memory: Memory | None  # None: it does not fit, and `problem` says so
-    text: str  # of the final program; "" if there is none, or it cannot be printed
-    seconds: float  # that lowering and compiling took
-    rematerialized: tuple[str, ...]  # arrays that the compiler gathers whole against our will
-    problem: str = ""  # why there is no program
+    """The compiler's output for one program."""
+
+    memory: Memory | None  # None if the program does not fit
+    text: str  # of the final program; "" if there is none, or the compiler cannot print it
+    seconds: float  # of lowering and compiling
+    rematerialized: tuple[str, ...]  # arrays that SPMD partitioning gathers whole, involuntarily
+    problem: str = ""  # why the program does not fit
 
 
 def compiled(lower: Callable[[], jax.stages.Lowered], options: dict[str, str]) -> Compiled:
-    """Lowers and compiles for the devices that the arguments' shardings name.
+    """Lowers and compiles a program for the devices of its arguments' shardings.
 
     Raises:
       InputError: when the compiler refuses an option.
     """
     begin = time.perf_counter()
-    with standard_error() as said:
+    with capture_stderr() as lines:
         try:
             program, problem = lower().compile(compiler_options=options or None), ""
         except InputError:
             raise
-        except Exception as error:  # whatever the compiler raises; out of memory is one of them
+        except Exception as error:  # of any type; running out of memory is one of them
             program, problem = None, _reason(str(error))
             if isinstance(error, jax.errors.JaxRuntimeError) and not problem:
                 raise InputError(f"the TPU compiler: {str(error).strip()[:400]}") from error
             if not problem:
                 raise
     warnings = tuple(
-        line.split(_REMATERIALIZED)[1].strip(" .:") for line in said if _REMATERIALIZED in line
+        line.split(_REMATERIALIZED)[1].strip(" .:") for line in lines if _REMATERIALIZED in line
     )
     seconds = time.perf_counter() - begin
     if program is None:
@@ -82,13 +84,13 @@ def compiled(lower: Callable[[], jax.stages.Lowered], options: dict[str, str]) -
     )
     try:
         text = program.as_text()
-    except jax.errors.JaxRuntimeError:  # the compiler has things that it cannot print
+    except jax.errors.JaxRuntimeError:  # some programs cannot be printed
         text = ""
     return Compiled(memory, text, seconds, warnings)
 
 
 def _reason(error: str) -> str:
-    """What a compiler's error says of memory; "" if it is about something else."""
+    """The part of a compiler's error that is about memory; "" for other errors."""
     if not any(words in error for words in _NO_ROOM):
         return ""
     for words in (
@@ -96,13 +98,13 @@ def _reason(error: str) -> str:
         rf"Used {_SIZE} of {_SIZE}",
     ):
         if found := re.search(words, error):
-            said = re.sub(r"\s+", " ", found[0]).strip()
-            return said.removeprefix("RESOURCE_EXHAUSTED: ").split("HBM, ", 1)[-1]
+            reason = re.sub(r"\s+", " ", found[0]).strip()
+            return reason.removeprefix("RESOURCE_EXHAUSTED: ").split("HBM, ", 1)[-1]
     return re.sub(r"\s+", " ", error)[:300]
 
 
 def place(tree, mesh: Mesh):
-    """Shapes traced under a mesh as arguments on its devices."""
+    """Turns shapes that were traced under a mesh into abstract arguments on its devices."""
 
     def one(leaf):
         partition = leaf.sharding.spec if leaf.sharding is not None else P()
@@ -112,7 +114,7 @@ def place(tree, mesh: Mesh):
 
 
 def device_bytes(tree) -> int:
-    """Of the part of abstract arrays that one device holds."""
+    """Bytes of one device's shards of abstract arrays."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -120,7 +122,7 @@ def device_bytes(tree) -> int:
 
 
 def training_arguments(c: Config, model: ModelConfig, mesh: Mesh) -> tuple[dict, dict]:
-    """State and batch of the train step, abstract. Call it under the mesh.
+    """The abstract state and batch of the train step. Call it under the mesh.
 
     Raises:
       InputError: when the mesh does not divide the parameters, the rows or their columns.
@@ -130,7 +132,7 @@ def training_arguments(c: Config, model: ModelConfig, mesh: Mesh) -> tuple[dict,
 
 
 def training_state(c: Config, model: ModelConfig, mesh: Mesh) -> dict:
-    """Parameters and moments, abstract. Call it under the mesh.
+    """The abstract state: parameters and optimizer. Call it under the mesh.
 
     Raises:
       InputError: when the mesh does not divide the parameters.
@@ -138,12 +140,12 @@ def training_state(c: Config, model: ModelConfig, mesh: Mesh) -> dict:
     params = abstract_params(model, mesh)
     paths = param_paths.matching(params, c.lora.targets if c.lora.rank else c.trainable)
 
-    made = jax.eval_shape(lambda params: first_state(c, model, params, paths), params)
-    return place(made, mesh)
+    state = jax.eval_shape(lambda params: first_state(c, model, params, paths), params)
+    return place(state, mesh)
 
 
 def training_batch(c: Config, mesh: Mesh) -> dict:
-    """[M, rows, ...] of every key of `batch.py`, abstract."""
+    """The abstract batch, [M, rows, ...] for every key of `batch.py`."""
     length, patches = c.data.length, c.data.num_patches or 4 * c.data.length
     integers, rows = jnp.int32, c.data.rows // c.micro_batches
     shapes = {
@@ -166,7 +168,7 @@ def training_batch(c: Config, mesh: Mesh) -> dict:
 
 
 def lower_training(c: Config, model: ModelConfig, mesh: Mesh) -> jax.stages.Lowered:
-    """The train step of a run with this config."""
+    """Lowers the train step of a run with this config."""
     with jax.set_mesh(mesh):
         state, batch = training_arguments(c, model, mesh)
         step = make_step(model, c.optim, c.steps, c.remat, make_merge_params(c), c.attention)

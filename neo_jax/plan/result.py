@@ -1,4 +1,4 @@
-"""The figures of a plan: frozen dataclasses, shown as JSON, a table or a figure."""
+"""The numbers of a plan, as frozen dataclasses and as JSON."""
 
 import dataclasses
 from typing import Any
@@ -15,38 +15,38 @@ class MemoryUse:
     """Bytes of HBM of one device."""
 
     kinds: dict[str, int]  # parameters, optimizer, ..., temporaries
-    total: int  # 0: unknown, as the program does not fit
+    total: int  # 0 if unknown, because the program does not fit
     limit: int
 
     @property
     def spare(self) -> float:
-        """The share of the limit that is left."""
+        """The free share of the limit."""
         return 1 - self.total / self.limit
 
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Collectives of one kind along one set of mesh axes, of one device and step."""
+    """All collectives of one kind along the same mesh axes, of one device and step."""
 
     kind: str
     axes: str
     count: float
-    bytes: float  # of what is gathered, reduced or scattered
+    bytes: float  # of the gathered, reduced or scattered arrays
     sent: float  # bytes that a device must send
     seconds: float  # at the links' bandwidth
-    is_beside: bool  # other work runs meanwhile
+    is_beside: bool  # other work runs at the same time
 
 
 @dataclasses.dataclass(frozen=True)
 class Times:
     """Seconds of one run of the program on one device."""
 
-    operations: float  # the compiler's cycles
-    kernels: float  # counted: attention, norms and rotation
-    waits: float  # for the network alone
+    operations: float  # by the compiler's estimate of cycles
+    kernels: float  # by counted cycles: attention, norms and rotation
+    waits: float  # nothing runs but the network
     network: float  # all collectives, one after the other
-    memory: float  # bytes moved in HBM at its bandwidth
-    products: float  # matrix products that are executed, those of kernels too, at peak
+    memory: float  # bytes moved in HBM, over its bandwidth
+    products: float  # FLOPs of executed matrix products, kernels included, over the peak
     by_kind: dict[str, float]  # of operations
     by_part: dict[str, float]
     by_phase: dict[str, float]
@@ -57,17 +57,17 @@ class Times:
 
     @property
     def step(self) -> float:
-        """The bound: no less than this by the compiler's own account."""
+        """The bound: a step takes no less, by the compiler's own estimate."""
         return max(self.compute + self.waits, self.network, self.memory)
 
     @property
     def roofline(self) -> float:
-        """What the hardware would need for the same work at its peaks."""
+        """The least time of the same work at the hardware's peaks."""
         return max(self.products, self.network, self.memory)
 
     @property
     def bound_by(self) -> str:
-        """What sets the roofline: products, memory or network."""
+        """The resource that sets the roofline: products, memory or network."""
         return max(("products", "memory", "network"), key=lambda name: getattr(self, name))
 
 
@@ -83,7 +83,7 @@ class Plan:
     mesh: str  # sizes of the axes that are not 1
     settings: dict[str, Any]  # rows, length, remat, ...
     memory: MemoryUse
-    problem: str = ""  # why there is no program: all below is then empty
+    problem: str = ""  # why the program does not fit; all below is then empty
     advice: str = ""  # what to change
     tokens: float = 0.0  # of one device and step, without padding
     model_flops: float = 0.0  # of one device and step, that the model needs
@@ -91,11 +91,11 @@ class Plan:
     hbm_bytes: float = 0.0
     times: Times | None = None
     mfu: float = 0.0  # bound
-    mfu_compute: float = 0.0  # bound, if no device ever waited for the network
+    mfu_compute: float = 0.0  # bound without waits for the network
     traffic: tuple[Traffic, ...] = ()
     all_reduced: float = 0.0  # bytes of all-reduces over the axes that split the batch
-    largest_all_gather: tuple[int, str] = (0, "")  # bytes, and of what
-    operations: tuple[tuple[str, float, float], ...] = ()  # the longest: what, runs, seconds
+    largest_all_gather: tuple[int, str] = (0, "")  # bytes, and the array
+    operations: tuple[tuple[str, float, float], ...] = ()  # the longest: name, runs, seconds
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
     warnings: tuple[str, ...] = ()  # each one a failure
     compile_seconds: float = 0.0
@@ -103,7 +103,7 @@ class Plan:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of one device."""
+        """A bound of the tokens per second of one device."""
         return self.tokens / self.times.step if self.times else 0.0
 
     def to_json(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Tries meshes, rematerialisation and micro-batches on a slice and ranks what fits.
+"""Searches the best mesh, remat policy and micro-batches for a slice, and ranks what fits.
 
-What cannot fit by arithmetic is never compiled. Each program is compiled in a process of its own:
-one that fails, even one that ends its process, is a line in the ranking.
+Candidates that cannot fit by arithmetic are not compiled. The others are compiled each in a process
+of its own, so that a failure, even a crash of the compiler, is only a line in the ranking.
 """
 
 import argparse
@@ -32,16 +32,16 @@ from neo_jax.train.train_config import Config
 
 
 def search(args: argparse.Namespace, c: Config, model: ModelConfig, topology: str) -> list[Plan]:
-    """Plans of every candidate that could fit, at most `args.most`.
+    """Plans the candidates that could fit, at most `args.most`, the most promising first.
 
     Raises:
-      InputError: when nothing can fit.
+      InputError: if no candidate can fit.
     """
     fixed = {
         name: getattr(c, name) for name in ("mesh", "remat", "micro_batches") if getattr(args, name)
     }
     found = list(candidates(c, model, topology, **fixed))
-    fitting = sorted((one for one in found if one[1] <= _limit(topology)), key=_promise)
+    fitting = sorted((one for one in found if one[1] <= _limit(topology)), key=_priority)
     if not fitting:
         least = min(size for _, size in found) / GIB if found else 0
         raise InputError(
@@ -57,12 +57,13 @@ def search(args: argparse.Namespace, c: Config, model: ModelConfig, topology: st
     )
     plans = []
     for config, _ in tqdm.tqdm(chosen, unit="program"):
-        plans.append(_apart(args, config, topology))
+        plans.append(_plan_in_subprocess(args, config, topology))
         tqdm.tqdm.write(one_line(plans[-1]), file=sys.stderr)
     return plans
 
 
 def one_line(plan: Plan) -> str:
+    """The settings of a plan and its memory and MFU, or its problem."""
     settings = f"{plan.mesh}, {plan.settings['remat']}, {plan.settings['micro_batches']} micro"
     if plan.problem:
         return f"{settings}: {plan.problem}"
@@ -78,10 +79,15 @@ def candidates(
     remat: str | None = None,
     micro_batches: int | None = None,
 ) -> Iterator[tuple[Config, int]]:
-    """Configs and the least bytes that each needs on a device; tokens of a step stay the same.
+    """Yields configs, each with the least bytes that it needs on a device.
+
+    All have the same tokens of a step.
 
     Args:
-      mesh, remat, micro_batches: those of every candidate, where they are not to be tried.
+      c: the config that the candidates change.
+      model: of the config.
+      topology: such as "v5e:16x16".
+      mesh, remat, micro_batches: fixed values; None tries all.
     """
     slice_ = find_topology(topology)
     for sizes in [mesh] if mesh else _meshes(len(slice_.devices), model):
@@ -101,16 +107,16 @@ def candidates(
             held = state_bytes + device_bytes(training_batch(one, placed))
             for policy in [remat] if remat else REMAT_POLICIES:
                 one = dataclasses.replace(one, remat=policy)
-                yield one, held + _kept_bytes(one, model, placed)
+                yield one, held + _saved_bytes(one, model, placed)
 
 
 def _powers(rows: int) -> list[int]:
-    """1, 2, 4, ... up to the rows: every one of them alone."""
+    """The powers of two that divide the rows."""
     return [1 << power for power in range(rows.bit_length()) if not rows % (1 << power)]
 
 
-def _kept_bytes(c: Config, model: ModelConfig, mesh: Mesh) -> int:
-    """Of what the backward pass keeps of every layer: no program has less."""
+def _saved_bytes(c: Config, model: ModelConfig, mesh: Mesh) -> int:
+    """A device's bytes of the activations that the remat policy saves: the least of any program."""
     heads, key_heads = model.num_attention_heads, model.num_key_value_heads
     widths = {
         "attn_out": 2 * heads * model.head_dim,
@@ -120,32 +126,34 @@ def _kept_bytes(c: Config, model: ModelConfig, mesh: Mesh) -> int:
         "up": 2 * model.intermediate_size,
     }
     tokens = c.data.rows * c.data.length / mesh.size / c.micro_batches
-    # Devices that share heads have the whole residual stream each.
+    # Tensor parallelism does not split the residual stream.
     of_token = 2 * model.hidden_size * tensor_size(mesh)
     of_token += sum(widths[name] for name in SAVED_NAMES.get(c.remat, widths))
     return int(tokens * of_token * model.num_layers)
 
 
 def _meshes(count: int, model: ModelConfig) -> Iterator[tuple[int, ...]]:
+    """Sizes of meshes of `count` devices."""
     for tensor, context, data in itertools.product((1, 2, 4, 8), (1, 2, 4), (1, 2, 4)):
         fsdp, rest = divmod(count, tensor * context * data)
         if not rest and fsdp and not model.num_key_value_heads % tensor:
             yield (data, fsdp, tensor) if context == 1 else (data, fsdp, tensor, context)
 
 
-def _promise(candidate: tuple[Config, int]) -> tuple:
-    """What is tried first: little communication, little computed twice."""
+def _priority(candidate: tuple[Config, int]) -> tuple:
+    """The order of compiling: little communication and little recomputation first."""
     c, _ = candidate
-    computed_twice = len(REMAT_POLICIES) - REMAT_POLICIES.index(c.remat)
-    return (c.mesh[2], len(c.mesh), c.mesh[0], computed_twice, c.micro_batches)
+    recomputed = len(REMAT_POLICIES) - REMAT_POLICIES.index(c.remat)
+    return (c.mesh[2], len(c.mesh), c.mesh[0], recomputed, c.micro_batches)
 
 
 def _limit(topology: str) -> float:
+    """The usable bytes of a device."""
     return find_topology(topology).chip.usable_gib * GIB
 
 
-def _apart(args: argparse.Namespace, c: Config, topology: str) -> Plan:
-    """The plan of a config, made by another process."""
+def _plan_in_subprocess(args: argparse.Namespace, c: Config, topology: str) -> Plan:
+    """Plans a config in another process; its failure is a plan with a problem."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "plan.json"
         command = [sys.executable, "-m", "neo_jax.plan", args.config, *args.settings]
@@ -165,7 +173,7 @@ def _apart(args: argparse.Namespace, c: Config, topology: str) -> Plan:
         text = path.read_text() if path.exists() else ""
         if text:
             return from_json(json.loads(text)[0])
-    said = ended.stderr.strip().split("\n")[-1] or f"ended with {ended.returncode}"
+    reason = ended.stderr.strip().split("\n")[-1] or f"ended with {ended.returncode}"
     slice_ = find_topology(topology)
     limit = int(slice_.chip.usable_gib * GIB)
     settings = {"remat": c.remat, "micro_batches": c.micro_batches}
@@ -178,5 +186,5 @@ def _apart(args: argparse.Namespace, c: Config, topology: str) -> Plan:
         mesh=describe(slice_.mesh(c.mesh)),
         settings=settings,
         memory=MemoryUse({}, 0, limit),
-        problem=said,
+        problem=reason,
     )

@@ -1,4 +1,4 @@
-"""Plans the two programs of generation: prefill and decode, compiled for a slice."""
+"""Plans the two programs of generation, prefill and decode, compiled for a slice."""
 
 import bisect
 import dataclasses
@@ -15,7 +15,7 @@ from neo_jax.model.prefill import key_sizes
 from neo_jax.model_config import PATCH_CHANNELS, ModelConfig
 from neo_jax.plan import compile_cache, costs, hlo
 from neo_jax.plan.attention_cycles import attention
-from neo_jax.plan.network import everything
+from neo_jax.plan.network import all_instructions
 from neo_jax.plan.program import Compiled, device_bytes, place
 from neo_jax.plan.result import GIB, MemoryUse, Plan
 from neo_jax.plan.topology import Topology, find_topology
@@ -43,19 +43,27 @@ def plan_serving(
     with_flags: bool = True,
     use_cache: bool = True,
 ) -> list[Plan]:
-    """Compiles prefill and decode for a slice and reads what they need.
+    """Compiles prefill and decode for a slice, and reads memory and time from the programs.
 
     Args:
+      model: its configuration.
       topology: such as "v5e:2x2".
+      mesh: sizes of (data, fsdp, tensor[, context]); -1 takes the remaining devices.
       slots: requests that run at once, on all devices.
       max_length: tokens of a slot.
       prefill: tokens of a prefill, on each device of the batch axes.
-      weights: "int8" or None.
+      kv_dtype: of the cache, "bfloat16", "float32" or "int8".
+      weights: "int8", or None for bfloat16.
+      name: of the config, for the plan's title.
       options: of the compiler.
-      with_flags: also those of `chips.py`, with which runs should be started.
+      with_flags: add the chip's own compiler flags (`chips.py`).
+      use_cache: take compiled programs from the cache.
+
+    Returns:
+      the plans of prefill and of decode.
 
     Raises:
-      InputError: when the compiler is missing, or mesh, slots and model do not divide.
+      InputError: if the compiler is missing, or the mesh does not divide slots or model.
     """
     slice_ = find_topology(topology)
     placed = slice_.mesh(mesh)
@@ -69,6 +77,8 @@ def plan_serving(
 
 @dataclasses.dataclass(frozen=True)
 class _Serving:
+    """The arguments of both programs."""
+
     model: ModelConfig
     slice_: Topology
     mesh: Mesh
@@ -132,6 +142,7 @@ class _Serving:
         return programs.prefill.lower(self.model, params, state, self._prompt_rows(), True)
 
     def _prompt_rows(self) -> dict:
+        """The abstract `rows` of `programs.prefill`."""
         rows = self.chunk_rows * batch_rows(self.mesh)
         integers, tokens = jnp.int32, buckets.ROW
         wanted = {
@@ -162,6 +173,7 @@ class _Serving:
 
     @property
     def chunk_rows(self) -> int:
+        """Rows of a prefill bucket, of one shard of the batch."""
         return buckets.bucket_for(buckets.rows_for(self.prefill), True).rows
 
     def _memory(self, made: Compiled, params: dict, state: dict) -> MemoryUse:
@@ -197,7 +209,9 @@ class _Serving:
             tokens = self.prefill * parts / self.mesh.size
             keys = tokens * self.prefill / 2
             flops = flops_per_batch(self.model, tokens, 0, keys) / 3  # forward only
-            flops -= 2 * self.model.vocab_size * self.model.hidden_size * tokens  # last ones only
+            flops -= (
+                2 * self.model.vocab_size * self.model.hidden_size * tokens
+            )  # logits of last tokens only
         else:
             tokens = self.slots / self.mesh.size
             least = plan.memory.kinds["parameters"] + plan.memory.kinds["keys and values"]
@@ -221,9 +235,12 @@ class _Serving:
         )
 
     def _shares_of_sizes(self, one: hlo.Instruction) -> list[float] | None:
-        """How many rows of one prompt need which number of keys; padding takes the fewest."""
+        """The share of a prompt's rows that takes each branch of attention, by its number of keys.
+
+        Padding rows take the branch with the fewest keys. None for other conditionals.
+        """
         sizes = key_sizes(self.chunk_rows, buckets.ROW)
-        # Of two branches, as other conditionals have, programs do not keep the order.
+        # Other conditionals have two branches, whose order programs do not keep.
         if "/attention/" not in one.op_name or len(branches(one)) != len(sizes) or len(sizes) < 3:
             return None
         needed = [buckets.ROW * (row + 1) for row in range(buckets.rows_for(self.prefill))]
@@ -232,13 +249,13 @@ class _Serving:
         return [taken.count(size) / self.chunk_rows for size in range(len(sizes))]
 
     def layer_bytes(self, state: dict) -> int:
-        """Of one layer's values on a device: the smallest array that is as large as a cache."""
+        """Bytes of one layer's cached values on a device. No copy of a cache is smaller."""
         leaf = min(jax.tree.leaves(state[STACKS[1]]["v"]), key=lambda leaf: -leaf.ndim)
         return device_bytes(leaf) // leaf.shape[0]
 
 
 def kv_copies(text: str, least: int) -> list[str]:
-    """Instructions that copy at least so many bytes of HBM: a cache should stay where it is."""
+    """The instructions that copy at least so many bytes in HBM. A cache should never be copied."""
     module, found = hlo.parse(text), []
     fused = {
         one.called()
@@ -252,7 +269,7 @@ def kv_copies(text: str, least: int) -> list[str]:
         for one in computation.instructions:
             is_copy = one.op in _COPIES or (
                 one.op == "fusion"
-                and {each.op for each in everything(module, module[one.called()])}
+                and {each.op for each in all_instructions(module, module[one.called()])}
                 <= {"parameter", "copy", "transpose", "bitcast", "fusion"}
             )
             arrays = [array for array in one.arrays[:1] if not array.is_in_vmem]

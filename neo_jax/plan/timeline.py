@@ -1,9 +1,11 @@
-"""Walks a compiled program in the order in which a device runs it and adds up what it takes.
+"""Walks a compiled program in the order in which a device runs it, and adds up its work and time.
 
-Times are bounds that follow from the program, not measurements: the compiler's own estimate of
-the cycles of each operation, counted work of the attention kernels, bytes over links' bandwidth.
-A collective takes at least its time; one that runs beside other work is waited for only where that
-work ends before it.
+Times are bounds, not measurements: the compiler's own estimate of the cycles of each operation,
+counted cycles of our kernels, bytes over the bandwidth of links. The network works beside other
+operations; the device waits only where a collective ends after them:
+
+    device    start | other operations | wait | done
+    network         | collective              |
 """
 
 import collections
@@ -19,31 +21,33 @@ KERNEL = "tpu_custom_call"
 
 
 class KernelWork(NamedTuple):
-    """Of one call of a kernel."""
+    """Seconds and FLOPs of one call of a kernel."""
 
     seconds: float
     flops: float = 0.0
 
 
-# None for a kernel that it does not know.
+# The work of a kernel's call; None for an unknown kernel.
 Kernels = Callable[[Instruction, Computation], KernelWork | None]
-# How often each branch of a conditional is taken; None: the quickest, since times are bounds.
+# The share of runs in which each branch of a conditional is taken. None: always the quickest, since
+# times are bounds.
 Branches = Callable[[Instruction], Sequence[float] | None]
 
 
 @dataclasses.dataclass
 class Totals:
-    """Of one device and one run of the program."""
+    """The work of one device in one run of the program."""
 
     cycles: dict[tuple[str, str, str], float]  # by kind of work, part of the model and phase
-    # Cycles and runs by operation: where it comes from, and the type that it makes.
+    # [cycles, runs] by operation; its name has its place in the model and the type of its result.
     operations: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-    flops: float = 0.0  # of matrix products outside of kernels, as executed
+    flops: float = 0.0  # of executed matrix products, without kernels
     hbm_bytes: float = 0.0
     kernel_seconds: float = 0.0
     kernel_flops: float = 0.0
     kernel_calls: dict[str, float] = dataclasses.field(default_factory=dict)
     waits: float = 0.0  # seconds in which nothing runs but the network
+    # A collective, how often it runs, and whether the device waits for it.
     collectives: list[tuple[net.Collective, float, bool]] = dataclasses.field(default_factory=list)
     unknown_loops: list[str] = dataclasses.field(default_factory=list)
     unknown_kernels: list[str] = dataclasses.field(default_factory=list)
@@ -79,17 +83,19 @@ class Totals:
 
 @dataclasses.dataclass
 class _Clock:
-    """Of one computation's run: what time it is, and until when the network is busy."""
+    """The time in one run of a computation: of the device, of the network, ends of collectives."""
 
     now: float = 0.0
     network: float = 0.0
     ends: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def start(self, key: str, seconds: float) -> None:
+        """Starts a collective; the network does one after the other."""
         self.network = max(self.network, self.now) + seconds
         self.ends[key] = self.network
 
     def wait(self, key: str) -> float:
+        """Waits for the end of a collective. Returns the seconds of waiting."""
         waited = max(0.0, self.ends.pop(key, 0.0) - self.now)
         self.now += waited
         return waited
@@ -102,7 +108,7 @@ def walk(
     kernels: Kernels,
     branches: Branches = lambda one: None,
 ) -> Totals:
-    """Adds up the program's work. Loops whose count depends on data are counted once and named."""
+    """Adds up a program's work. A loop of data-dependent trip count counts once and is named."""
     totals = Totals(collections.defaultdict(float))
     _Walk(module, network, clock_rate, kernels, branches, totals).run(module[module.entry], 1.0)
     return totals
@@ -118,10 +124,10 @@ class _Walk:
     totals: Totals
 
     def __post_init__(self):
-        self._started = net.started(self.module)
+        self._async_channels = net.async_channels(self.module)
 
     def run(self, where: Computation, times: float) -> float:
-        """Seconds of one run of a computation that runs so many times."""
+        """Adds up a computation that runs `times` times. Returns the seconds of one run."""
         clock = _Clock()
         for one in where.instructions:
             if one.op in work.FREE:
@@ -181,7 +187,7 @@ class _Walk:
         self.totals.flops += times * work.products(self.module, where, one)
 
     def _is_collective(self, one: Instruction, times: float, clock: _Clock) -> bool:
-        """Whether an instruction is nothing but a collective, or a start or an end of one."""
+        """Handles a collective, its start or its end. Returns False if other work is left."""
         if one.op in net.KINDS:
             found = self._add(self.network.collective(one), times, True)
             clock.start(one.name, found.seconds)
@@ -200,14 +206,14 @@ class _Walk:
 
     def _start_async(self, one: Instruction, times: float, clock: _Clock) -> None:
         seconds = 0.0
-        for inner in net.everything(self.module, self.module[one.called()]):
+        for inner in net.all_instructions(self.module, self.module[one.called()]):
             if inner.op in net.KINDS:
                 seconds += self._add(self.network.collective(inner), times, False).seconds
         clock.start(one.name, seconds)
 
     def _is_collective_fusion(self, one: Instruction, times: float, clock: _Clock) -> bool:
-        """A collective can be started in one fusion, go on inside others and end in a third."""
-        found, targets = net.inside(self.module, one)
+        """Handles collectives in a fusion. One may start in a fusion and end in another."""
+        found, targets = net.fused_collectives(self.module, one)
         if not found:
             return False
         if net.STARTS in targets:
@@ -217,8 +223,8 @@ class _Walk:
         elif net.ENDS in targets:
             for inner in found:
                 self._wait(net.channel(inner), times, clock)
-        elif any(net.channel(inner) in self._started for inner in found):
-            return False  # one step of it, beside the fusion's own work
+        elif any(net.channel(inner) in self._async_channels for inner in found):
+            return False  # one step of a collective, beside the fusion's own work
         else:
             is_scattered = "scatter" in one.called() or "scatter" in one.name
             for inner in found:

@@ -1,4 +1,4 @@
-"""A slice of a pod that is not here: its devices as the TPU compiler knows them."""
+"""A TPU slice that you have not rented: its devices and links, as the TPU compiler knows them."""
 
 import contextlib
 import dataclasses
@@ -19,8 +19,8 @@ from neo_jax.errors import InputError
 from neo_jax.plan.chips import Chip, find_chip
 from neo_jax.sharding import make_mesh
 
-# libtpu reads these when it is loaded: it need not look for a machine, nor be the only one here,
-# and says warnings and errors only.
+# libtpu reads these when it is loaded: do not look for a TPU, allow several processes, and log only
+# warnings and errors.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -30,7 +30,7 @@ _ENVIRONMENT = {
 }
 INSTALL = "pip install 'neo-ov-jax[plan]'"
 
-# As the cloud sells them, to the shape of the slice. The number of v5p and v7x counts cores.
+# The cloud's names of slices, and their shapes. For v5p and v7x, the name counts cores.
 PODS = {
     "v5e-16": "v5e:4x4",
     "v5e-64": "v5e:8x8",
@@ -45,35 +45,39 @@ PODS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
+    """A slice."""
+
     name: str  # such as "v5e:16x16"
     chip: Chip
     shape: tuple[int, ...]  # chips each way
     devices: tuple[jax.Device, ...]
 
     def mesh(self, sizes: tuple[int, ...]) -> Mesh:
-        """A mesh of these sizes; -1 takes what the others leave.
+        """A mesh of these sizes over the slice; -1 takes the remaining devices.
 
         Raises:
-          InputError: when they do not make up the slice.
+          InputError: if the product of the sizes is not the number of devices.
         """
         count = len(self.devices)
         known = math.prod(size for size in sizes if size != -1)
         if sizes.count(-1) > 1 or known < 1 or count % known:
-            raise InputError(f"mesh {_by(sizes)}: does not divide the {count} devices of {self}")
+            raise InputError(
+                f"mesh {_format_sizes(sizes)}: does not divide the {count} devices of {self}"
+            )
         sizes = tuple(count // known if size == -1 else size for size in sizes)
         if math.prod(sizes) != count:
             raise InputError(
-                f"mesh {_by(sizes)} has {math.prod(sizes)} devices, {self} has {count}: "
+                f"mesh {_format_sizes(sizes)} has {math.prod(sizes)} devices, {self} has {count}: "
                 "use sizes whose product is that, or -1 for one of them"
             )
         return make_mesh(sizes, devices=self.devices)
 
     def bandwidth(self, devices: list[jax.Device]) -> float:
-        """Bytes per second that each of a group of devices can send to the others.
+        """The bytes per second that each device of a group can send to the others.
 
-        A dimension of the slice along which the group extends serves it with two links of each
-        chip where it is a ring, else with one. Slices in three dimensions have rings when they are
-        made of whole cubes, others along each side that is as long as a pod's.
+        Each dimension along which the group extends adds two links of a chip if it is a ring, else
+        one. A slice of three dimensions has rings if it consists of whole cubes; a slice of two
+        dimensions has them along each side that is as long as a pod's.
         """
         places = np.array([device.coords for device in devices])
         links, is_ring = 0, [size % self.chip.ring == 0 for size in self.shape]
@@ -83,7 +87,7 @@ class Topology:
             extent = len(set(along.tolist()))
             if extent > 1:
                 links += 2 if extent == size and closed else 1
-        # Devices of one chip talk through its memory, which no program waits for first.
+        # The devices of one chip exchange data through its memory.
         return links * self.chip.link_bandwidth if links else self.chip.hbm_bandwidth / 2
 
     def __str__(self) -> str:
@@ -92,10 +96,10 @@ class Topology:
 
 @functools.cache
 def find_topology(name: str) -> Topology:
-    """The slice that "v5e:16x16" or "v5e-256" names.
+    """Finds the slice with a name such as "v5e:16x16" or "v5e-256".
 
     Raises:
-      InputError: when libtpu is missing or does not know it.
+      InputError: if libtpu is missing or does not know the slice.
     """
     spelled = PODS.get(name, name)
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", spelled)
@@ -109,18 +113,18 @@ def find_topology(name: str) -> Topology:
     for variable, value in _ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     try:
-        with standard_error():  # it says what machine it does not find
+        with capture_stderr():  # libtpu complains that it finds no TPU
             described = topologies.get_topology_desc(f"{chip.spelling}:{found[2]}", platform="tpu")
-    except Exception as error:  # whatever the compiler raises
-        said = str(error).strip().split("\n")[0]
-        raise InputError(f"topology {name!r}: the TPU compiler does not know it: {said}") from error
+    except Exception as error:  # of any type
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"topology {name!r}: unknown to the TPU compiler: {reason}") from error
     shape = tuple(int(size) for size in found[2].split("x"))
     return Topology(spelled, chip, shape, tuple(described.devices))
 
 
 @contextlib.contextmanager
-def standard_error() -> Iterator[list[str]]:
-    """Collects what compiled code writes to standard error; the lines are there at the end."""
+def capture_stderr() -> Iterator[list[str]]:
+    """Captures what compiled code writes to standard error. The list is filled at the end."""
     lines: list[str] = []
     with tempfile.TemporaryFile() as file:
         before = os.dup(2)
@@ -149,5 +153,6 @@ def parse_sizes(text: str) -> tuple[int, ...]:
     return sizes
 
 
-def _by(sizes: tuple[int, ...]) -> str:
+def _format_sizes(sizes: tuple[int, ...]) -> str:
+    """(1, 256, 1) -> "1x256x1"."""
     return "x".join(map(str, sizes))

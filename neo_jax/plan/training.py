@@ -1,8 +1,9 @@
-"""Plans the train step: the real one, with abstract arrays, compiled for a slice."""
+"""Plans training: the real train step, compiled for a slice with abstract arrays."""
 
 import dataclasses
 import math
 from types import ModuleType
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -11,7 +12,7 @@ from neo_jax.errors import InputError
 from neo_jax.model_config import ModelConfig
 from neo_jax.plan import compile_cache, costs
 from neo_jax.plan.attention_cycles import attention
-from neo_jax.plan.packing import packed
+from neo_jax.plan.packing import sample_rows
 from neo_jax.plan.program import (
     Compiled,
     device_bytes,
@@ -26,8 +27,9 @@ from neo_jax.weights.checkpoint import find_checkpoint
 from neo_jax.weights.published import open_published
 
 SAMPLED_ROWS = 64
+NO_MODEL = "the config names no model: give start=DIRECTORY, a checkpoint"
 UNREADABLE = "the compiler cannot print this program: memory is known, times are not"
-# Settings that change nothing in the program.
+# Settings that do not change the program.
 _NOT_IN_PROGRAM = ("workdir", "start", "tokenizer", "data", "held_out", "log_every", "eval_every",
                    "eval_batches", "save_every", "keep", "keep_every", "profile", "seed",
                    "init_scale", "mesh", "steps")  # fmt: skip
@@ -44,29 +46,31 @@ def plan_training(
     with_flags: bool = True,
     use_cache: bool = True,
 ) -> Plan:
-    """Compiles the train step of a config for a slice and reads what it needs.
+    """Compiles the train step of a config for a slice, and reads memory and time from the program.
 
     Args:
-      config: its mesh, rows, length, micro_batches and remat are those of the plan.
+      config: gives mesh, rows, length, micro_batches and remat.
       topology: such as "v5e:16x16" or "v5e-256".
       model: of a config that starts from a checkpoint; default: `config.model`.
-      packing: the kind of data, one of `packing.MIXES`.
+      packing: the kind of data, one of `packing.MIXES`, or `packing.CAUSAL`.
+      name: of the config, for the plan's title.
       options: of the compiler.
-      with_flags: also those of `chips.py`, with which runs should be started.
+      with_flags: add the chip's own compiler flags (`chips.py`).
+      use_cache: take a compiled program from the cache.
+
+    Returns:
+      the plan. If the program does not fit, it has a `problem`.
 
     Raises:
-      InputError: when the compiler is missing, does not know the slice or an option, or mesh, rows
-        and model do not divide. That the program does not fit is a plan with a `problem`.
+      InputError: if the compiler is missing or does not know the slice or an option, or if the mesh
+        does not divide rows or model.
     """
-    model = model or config.model
-    if model is None:
-        raise InputError("the config names no model: give start=DIRECTORY, a checkpoint")
-    model = dataclasses.replace(model, dtype=config.dtype)
+    model = _with_dtype(model or config.model, config)
     slice_ = find_topology(topology)
     mesh = slice_.mesh(config.mesh)
     with jax.set_mesh(mesh):
         state, batch = training_arguments(config, model, mesh)
-    rows = packed(packing, config.data.length, SAMPLED_ROWS)
+    rows = sample_rows(packing, config.data.length, SAMPLED_ROWS)
     all_options = slice_.chip.options(with_flags) | (options or {})
     request = _request(config, model, slice_, mesh, all_options)
     program, is_cached = compile_cache.compiled_once(
@@ -79,14 +83,7 @@ def plan_training(
         chip=slice_.chip.name,
         devices=mesh.size,
         mesh=describe(mesh),
-        settings={
-            "rows": config.data.rows,
-            "length": config.data.length,
-            "micro_batches": config.micro_batches,
-            "remat": config.remat,
-            "packing": packing,
-            "compiler": _spelled(all_options),
-        },
+        settings=_settings(config, packing, all_options),
         memory=_memory(program, state, batch, slice_),
         compile_seconds=program.seconds,
         is_cached=is_cached,
@@ -98,9 +95,28 @@ def plan_training(
     return _with_costs(plan, program, config, model, mesh, slice_, rows)
 
 
+def _with_dtype(model: ModelConfig | None, config: Config) -> ModelConfig:
+    if model is None:
+        raise InputError(NO_MODEL)
+    return dataclasses.replace(model, dtype=config.dtype)
+
+
+def _settings(c: Config, packing: str, options: dict[str, str]) -> dict[str, Any]:
+    """The settings that a plan shows."""
+    return {
+        "rows": c.data.rows,
+        "length": c.data.length,
+        "micro_batches": c.micro_batches,
+        "remat": c.remat,
+        "packing": packing,
+        "compiler": " ".join(f"{name}={value}" for name, value in options.items()) or "as it is",
+    }
+
+
 def _with_costs(plan: Plan, program: Compiled, config, model, mesh: Mesh, slice_, rows) -> Plan:
+    """The plan, with the work and times of the program."""
     length, chip = config.data.length, slice_.chip
-    per_device = config.data.rows / mesh.size  # rows; a part of one where devices share it
+    per_device = config.data.rows / mesh.size  # rows; less than 1 where devices share a row
     tensor = tensor_size(mesh)
     counted = attention(chip, model, rows, per_device * tensor / config.micro_batches, tensor)
     totals = costs.read(program.text, slice_, mesh, counted.work)
@@ -140,10 +156,10 @@ def _with_costs(plan: Plan, program: Compiled, config, model, mesh: Mesh, slice_
 
 
 def model_of(config: Config, module: ModuleType) -> ModelConfig:
-    """The model of a run: of the config, of the checkpoint that it starts from, or of its file.
+    """The model of a run: the config's, that of the checkpoint it starts from, or its file's MODEL.
 
     Raises:
-      InputError: when none of them names one.
+      InputError: if none of them names a model.
     """
     if config.model:
         return config.model
@@ -153,22 +169,19 @@ def model_of(config: Config, module: ModuleType) -> ModelConfig:
             return checkpoint.config
         return open_published(config.start)[0]
     if not hasattr(module, "MODEL"):
-        raise InputError("the config names no model: give start=DIRECTORY, a checkpoint")
+        raise InputError(NO_MODEL)
     return module.MODEL
 
 
-def _spelled(options: dict[str, str]) -> str:
-    return " ".join(f"{name}={value}" for name, value in options.items()) or "as it is"
-
-
 def tensor_size(mesh: Mesh) -> int:
-    """Over how many devices heads are split."""
+    """The number of devices over which heads are split."""
     return math.prod(mesh.shape[axis] for axis in costs.axis_names("heads"))
 
 
 def _request(c: Config, model, slice_: Topology, mesh: Mesh, options) -> dict:
+    """All that the program depends on, for the key of the cache."""
     settings = dataclasses.asdict(c)
-    # Of rates and decays only whether there are any: stages that differ in them share a program.
+    # Rates and decays count only as zero or not: stages with other values share a program.
     settings["optim"] = {
         name: value != 0 if isinstance(value, int | float) else value
         for name, value in settings["optim"].items()

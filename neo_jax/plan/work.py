@@ -1,4 +1,4 @@
-"""What an instruction of a compiled program does: products, bytes of HBM, the kind of work."""
+"""The work of an instruction of a compiled program: its kind, FLOPs and bytes of HBM."""
 
 import math
 import re
@@ -7,9 +7,9 @@ import numpy as np
 
 from neo_jax.plan.hlo import Array, Computation, Instruction, Module
 from neo_jax.plan.kernel_costs import read_bytes
-from neo_jax.plan.network import everything
+from neo_jax.plan.network import all_instructions
 
-# Instructions that only name values, or say how they are laid out.
+# Instructions that only name values, or change their type or layout on paper.
 FREE = {
     "parameter",
     "constant",
@@ -30,10 +30,10 @@ _MOVES = {
 }
 _MOVES |= {"broadcast", "reshape", "iota", "reverse", "gather", "scatter", "convert", "select"}
 _MOVES |= {"compare", "clamp", "and"} | FREE
-_IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}  # and which operand is what is new
+_IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}  # the operand with the new values
 _SLICES = {"slice", "dynamic-slice", "gather"}
 
-# Where in the model an instruction comes from, by what its op_name has in it; the first that fits.
+# Parts of the model, by words in an instruction's op_name. The first match counts.
 PARTS = {
     "loss": ("(loss)", "/loss/"),
     "patch embedding": ("patch_embed",),
@@ -47,11 +47,13 @@ REST = "embedding, optimizer, rest"
 
 
 def part(op_name: str) -> str:
+    """The part of the model that an instruction computes."""
     found = [name for name, words in PARTS.items() if any(word in op_name for word in words)]
     return found[0] if found else REST
 
 
 def phase(op_name: str) -> str:
+    """forward, backward, recomputed (by rematerialisation) or update."""
     if "rematted_computation" in op_name:
         return "recomputed"
     if "transpose(" in op_name:
@@ -60,7 +62,7 @@ def phase(op_name: str) -> str:
 
 
 def branches(one: Instruction) -> list[str]:
-    """The computations of a conditional."""
+    """The names of a conditional's computations."""
     listed = re.search(r"branch_computations=\{([^}]*)\}", one.attributes)
     if listed:
         return re.findall(r"%?([\w.\-]+)", listed[1])
@@ -68,17 +70,17 @@ def branches(one: Instruction) -> list[str]:
 
 
 def kind(module: Module, one: Instruction) -> str:
-    """matmul, copy (nothing is computed), or elementwise and reductions."""
+    """The kind of work: matmul, copy (nothing is computed), or elementwise and reductions."""
     ops = {one.op}
     if one.op == "fusion":
-        ops = {inner.op for inner in everything(module, module[one.called()])} - {"fusion"}
+        ops = {inner.op for inner in all_instructions(module, module[one.called()])} - {"fusion"}
     if ops & {"convolution", "dot"}:
         return "matmul"
     return "copy" if ops <= _MOVES else "elementwise, reductions"
 
 
 def products(module: Module, where: Computation, one: Instruction) -> float:
-    """Floating point operations of the matrix products in an instruction, 2 per multiply-add."""
+    """The FLOPs of the matrix products in an instruction, 2 for each multiply-add."""
     if one.op == "fusion":
         inner = module[one.called()]
         return sum(products(module, inner, each) for each in inner.instructions)
@@ -93,7 +95,7 @@ def products(module: Module, where: Computation, one: Instruction) -> float:
 
 
 def _convolution(where: Computation, one: Instruction) -> float:
-    """TPU programs write every product as a convolution, with heads and batch as its windows."""
+    """The FLOPs of a convolution. TPU programs use it for every product, heads as its windows."""
     left, right = (where.operand(one, i).arrays[0].shape for i in range(2))
     result = one.arrays[0].shape
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.attributes)
@@ -109,21 +111,22 @@ def _convolution(where: Computation, one: Instruction) -> float:
     for axis in range(spatial):
         letter = str(axis)
         low = int(setting("pad", axis, "0_0").split("_")[0])
-        stride, spread, apart = (
+        stride, lhs_dilation, rhs_dilation = (
             int(setting(name, axis, "1")) for name in ("stride", "lhs_dilate", "rhs_dilate")
         )
         place = (
             np.arange(result[out.index(letter)])[:, None] * stride
             - low
-            + np.arange(right[rhs.index(letter)])[None, :] * apart
+            + np.arange(right[rhs.index(letter)])[None, :] * rhs_dilation
         )
-        extent = (left[lhs.index(letter)] - 1) * spread + 1
-        flops *= np.count_nonzero((place >= 0) & (place < extent) & (place % spread == 0))
+        extent = (left[lhs.index(letter)] - 1) * lhs_dilation + 1
+        is_inside = (place >= 0) & (place < extent) & (place % lhs_dilation == 0)
+        flops *= np.count_nonzero(is_inside)
     return flops
 
 
 def traffic(module: Module, where: Computation, one: Instruction) -> int:
-    """Bytes of HBM that an instruction reads and writes, as far as types and slices say."""
+    """The bytes of HBM that an instruction reads and writes, by the types and slices in it."""
     if one.op in FREE or one.op in ("while", "conditional", "call") or one.op.endswith("-done"):
         return 0
     operands = [where.by_name[name] for name in one.operands if name in where.by_name]
@@ -153,13 +156,14 @@ def _in_hbm(array: Array) -> int:
 
 
 def _fusion_traffic(module: Module, one: Instruction, operands: list[Instruction]) -> int:
+    """The bytes of a fusion: values that it only slices or updates in place count in part."""
     inner = module[one.called()]
     parameters = {each.operands[0]: each for each in inner.instructions if each.op == "parameter"}
     total = 0
     for number, operand in enumerate(operands):
         size = sum(_in_hbm(array) for array in operand.arrays)
         if size and (parameter := parameters.get(str(number))):
-            total += min(size, _read(module, inner, parameter, size))
+            total += min(size, _bytes_read(module, inner, parameter, size))
     root = inner.root
     results = [inner.operand(root, i) for i in range(len(root.operands))]
     for array, made in zip(one.arrays, results if root.op == "tuple" else [root], strict=False):
@@ -178,8 +182,8 @@ def _fusion_traffic(module: Module, one: Instruction, operands: list[Instruction
     return total
 
 
-def _read(module: Module, inner: Computation, value: Instruction, size: int) -> int:
-    """Bytes that a fused computation reads of one of its values."""
+def _bytes_read(module: Module, inner: Computation, value: Instruction, size: int) -> int:
+    """The bytes that a fused computation reads of one of its values, at most `size`."""
     total = 0
     for user in inner.instructions:
         if value.name not in user.operands:
@@ -189,7 +193,7 @@ def _read(module: Module, inner: Computation, value: Instruction, size: int) -> 
         elif user.op in _IN_PLACE and user.operands[0] == value.name:
             continue
         elif user.op == "bitcast":
-            total += _read(module, inner, user, size)
+            total += _bytes_read(module, inner, user, size)
         elif user.op == "fusion":
             nested = module[user.called()]
             number = str(user.operands.index(value.name))
@@ -198,7 +202,7 @@ def _read(module: Module, inner: Computation, value: Instruction, size: int) -> 
                 for each in nested.instructions
                 if each.op == "parameter" and each.operands[0] == number
             )
-            total += _read(module, nested, parameter, size)
+            total += _bytes_read(module, nested, parameter, size)
         else:
             return size
     return total

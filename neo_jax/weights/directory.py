@@ -49,15 +49,12 @@ def new_directory(
     Args:
       target: must not exist, unless `overwrite`; then it is replaced at the end.
       needed_bytes: about how much will be written.
-      overwrite: replace what is at `target`.
       log: called with a message about what a killed run left.
 
     Raises:
       InputError: if the target exists, cannot be written, or the disk has too little room.
     """
-    if re.match(r"\w+:/", str(target)):
-        raise InputError(f"{target}: only local directories are written; copy it there afterwards")
-    target = Path(target).absolute()
+    target = _local_path(target)
     partial, old = (target.with_name(f".{target.name}.{end}") for end in ("partial", "replaced"))
     if old.is_dir() and not target.exists():
         log(f"{target}: a run was stopped while replacing it; put back as it was")
@@ -104,6 +101,12 @@ def copy_side_files(source: Path, target: Path) -> None:
     """Copies the configuration, tokenizer and code files of a checkpoint directory."""
     for path in side_files(source):
         shutil.copyfile(path, target / path.name)
+
+
+def _local_path(target: str | Path) -> Path:
+    if re.match(r"\w+:/", str(target)):
+        raise InputError(f"{target}: only local directories are written; copy it there afterwards")
+    return Path(target).absolute()
 
 
 def _check_target(target: Path, overwrite: bool) -> None:

@@ -75,11 +75,10 @@ def write_published(
       shard_size: bytes of a file.
       side_files: directory whose tokenizer, configuration and code files are copied.
       overwrite: replace what is at `path`.
-      log: called with a message if an earlier run left an unfinished directory.
-      on_bytes_written: called with the bytes of each block written, for a progress bar.
+      log, on_bytes_written: as of `checkpoint.write_checkpoint`.
 
     Raises:
-      InputError: if the directory exists or cannot be written, or an argument is out of range.
+      InputError: if the directory exists or cannot be written.
     """
     if dtype not in SAFETENSORS_DTYPE:
         raise InputError(f"dtype {dtype!r}: use one of {', '.join(SAFETENSORS_DTYPE)}")

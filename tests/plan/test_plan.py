@@ -1,4 +1,4 @@
-"""Plans and their command line, for slices of TPUs that are not here. Needs libtpu; no TPU."""
+"""Plans and their command line, for TPU slices that you have not rented. Needs libtpu, no TPU."""
 
 import dataclasses
 import functools
@@ -7,6 +7,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from helpers.commands import plan as main
-from helpers.golden import needs_compiler, raises
+from helpers.golden import ROOT, needs_compiler, raises
 from neo_jax.configs import tiny_shapes
 from neo_jax.model.neo import count_params
 from neo_jax.plan import compile_cache, plan_report, search
@@ -29,8 +30,8 @@ from neo_jax.train.train_config import override
 
 
 @pytest.fixture(scope="module", autouse=True)
-def kept_apart(tmp_path_factory):
-    """A cache of plans of this module's own."""
+def own_cache(tmp_path_factory):
+    """A cache of compiled programs for this module alone."""
     before = os.environ.get("NEO_JAX_PLANS")
     os.environ["NEO_JAX_PLANS"] = str(tmp_path_factory.mktemp("plans"))
     yield
@@ -59,14 +60,14 @@ def test_a_plan_says_what_the_step_needs():
     plan = tiny_plan()
     params = count_params(tiny().model)
     kinds = plan.memory.kinds
-    # 4 bytes each on 4 devices, but for norms and the patch embedding, which are not split.
+    # 4 bytes each on 4 devices; norms and the patch embedding are not split.
     assert params < kinds["parameters"] < 2 * params
     assert kinds["optimizer"] == pytest.approx(2 * kinds["parameters"], rel=1e-3)
     assert plan.memory.total == sum(kinds.values())
     assert 0 < plan.memory.spare < 1
     assert not plan.problem
     assert not plan.warnings
-    # Forward and backward, and more, as attention computes what it then masks.
+    # More than forward and backward, since attention also computes scores that it then masks.
     assert plan.executed_flops > plan.model_flops > 0
     assert plan.times.step >= plan.times.compute > plan.model_flops / 197e12
     assert 0 < plan.mfu <= plan.mfu_compute < 1
@@ -78,7 +79,7 @@ def test_a_plan_says_what_the_step_needs():
 @needs_compiler
 def test_a_plan_is_compiled_once(monkeypatch):
     plan = tiny_plan()
-    monkeypatch.setattr("neo_jax.plan.compile_cache.compiled", None)  # would fail if it were called
+    monkeypatch.setattr("neo_jax.plan.compile_cache.compiled", None)  # a call would fail
     again = plan_training(tiny("workdir=elsewhere"), "v5e:2x2", packing="text", name="tiny")
     assert again.is_cached
     assert dataclasses.replace(again, is_cached=plan.is_cached) == plan
@@ -118,12 +119,12 @@ def test_what_does_not_fit_is_a_plan_that_says_so():
 
 
 def test_arrays_gathered_against_our_will_are_reported():
-    class Nothing:
+    class Failing:
         def lower(self):
             os.write(2, b"W0 spmd] Involuntary full rematerialization. bf16[8,8] of gather\n")
             raise RuntimeError("Ran out of memory: Used 20.1G of 15.75G hbm.")
 
-    program = compiled(Nothing().lower, {})
+    program = compiled(Failing().lower, {})
     assert program.rematerialized == ("bf16[8,8] of gather",)
     assert program.problem == "Used 20.1G of 15.75G"
 
@@ -135,9 +136,9 @@ def test_command_line_makes_table_json_and_figure(tmp_path, capsys):
     settings = ["model.num_post_llm_layers=1", "--length", "256", "--rows", "4", "--mesh", "1x4x1"]
     command = ["configs/tiny_shapes.py", *settings, "--topology", "v5e:2x2", "--packing", "text"]
     assert main([*command, "--json", str(out), "--png", str(png)]) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for words in ("optimizer", "all-gather", "MFU, at most", "not measurements", "cache"):
-        assert words in said
+        assert words in printed
     (plan,) = json.loads(out.read_text())
     assert plan["mfu"] == tiny_plan().mfu
     assert png.read_bytes().startswith(b"\x89PNG")
@@ -174,11 +175,18 @@ def test_command_line_makes_table_json_and_figure(tmp_path, capsys):
 @needs_compiler
 def test_bad_input_is_one_line(line, words, capsys):
     assert main(line.split()) == 2
-    said = capsys.readouterr().err.strip()
-    said = re.sub(r"^compiling .*\n", "", said)
-    assert "\n" not in said
+    error = re.sub(r"^compiling .*\n", "", capsys.readouterr().err.strip())
+    assert "\n" not in error
     for word in words:
-        assert word in said
+        assert word in error
+
+
+def test_bad_input_of_the_module_is_one_line_too():
+    command = [sys.executable, "-m", "neo_jax.plan", "tiny_shapes"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("neo_jax.plan: name a config and either --topology or --pod")
+    assert ended.stderr.count("\n") == 1
 
 
 def test_a_missing_compiler_is_named(monkeypatch, capsys):
@@ -222,9 +230,9 @@ def test_a_search_ranks_what_fits_and_outlives_what_fails(monkeypatch, capsys, t
     command = ["configs/tiny_shapes.py", *settings, "--topology", "v5e:2x2", "--packing", "text"]
     command += ["--micro-batches", "1"]
     assert main([*command, "--search", "--json", str(out)]) == 0
-    said = capsys.readouterr()
-    assert "2 candidates, 0 cannot fit; compiling 2" in said.err
-    best, worst = said.out.split("\n")[1:3]
+    printed = capsys.readouterr()
+    assert "2 candidates, 0 cannot fit; compiling 2" in printed.err
+    best, worst = printed.out.split("\n")[1:3]
     assert "none" in best
     assert "ended with -6" in worst
     assert [plan["problem"] for plan in json.loads(out.read_text())] == ["ended with -6", ""]

@@ -1,4 +1,4 @@
-"""What plans count themselves: packed rows, visits of attention, kernels' bundles, FLOPs."""
+"""Counts that plans make themselves: packed rows, blocks of attention, kernels' bundles, FLOPs."""
 
 import dataclasses
 import re
@@ -15,31 +15,29 @@ from neo_jax.kernels.intervals import intervals
 from neo_jax.model.neo import abstract_params, count_params
 from neo_jax.plan import attention_cycles, costs, hlo, packing
 from neo_jax.plan.chips import CHIPS
-from neo_jax.plan.kernel_costs import BLOCK, PRODUCTS, STREAMED
+from neo_jax.plan.kernel_costs import PRODUCTS, STREAM_BLOCK, STREAMED
 from neo_jax.train import param_paths
 
 
 @pytest.mark.parametrize("mix", [*packing.MIXES, packing.CAUSAL])
 def test_visited_blocks_are_those_with_something_to_see(mix):
     length = 9000 if mix == "video" else 5000
-    for row in packing.packed(mix, length, 3):
+    for row in packing.sample_rows(mix, length, 3):
         key = np.arange(length)
-        sees = (key >= row.start[:, None]) & (key < row.end[:, None])
-        for queries, keys in ((512, 512), (256, 1024), (1000, 300)):
-            some, full = 0, 0
-            for i in range(0, length, queries):
-                for j in range(0, length, keys):
-                    block = sees[i : i + queries, j : j + keys]
-                    some += block.any()
-                    full += block.all() and block.shape == (queries, keys)
-            visits, whole = packing.visited(row, queries, keys)
-            assert visits == some
-            assert whole == full
+        mask = (key >= row.start[:, None]) & (key < row.end[:, None])
+        for block_q, block_k in ((512, 512), (256, 1024), (1000, 300)):
+            not_empty, full = 0, 0
+            for i in range(0, length, block_q):
+                for j in range(0, length, block_k):
+                    block = mask[i : i + block_q, j : j + block_k]
+                    not_empty += block.any()
+                    full += block.all() and block.shape == (block_q, block_k)
+            assert packing.count_blocks(row, block_q, block_k) == (not_empty, full)
 
 
 def test_packed_rows_follow_the_attention_rule():
     documents = [[("text", 3), ("image", 4), ("text", 2)], [("image", 2), ("text", 1)]]
-    row = packing.build(documents, 15)
+    row = packing.build_row(documents, 15)
     t = [[0, 1, 2, 3, 3, 3, 3, 4, 5, 0, 0, 1, 0, 0, 0]]
     segments = [[1] * 9 + [2] * 3 + [0] * 3]
     start, end = intervals(jnp.array(t), jnp.array(segments))
@@ -50,18 +48,18 @@ def test_packed_rows_follow_the_attention_rule():
 
 
 def test_rows_are_packed_whole_and_without_documents_that_do_not_fit():
-    rows = packing.packed("sft", 8192, 40)
+    rows = packing.sample_rows("sft", 8192, 40)
     assert np.mean([row.tokens for row in rows]) > 0.9 * 8192
     assert max(row.tokens for row in rows) <= 8192
     with raises("no document", "100"):
-        packing.packed("sft", 100, 1)
+        packing.sample_rows("sft", 100, 1)
     with raises("nonsense", "caption"):
-        packing.packed("nonsense", 100, 1)
+        packing.sample_rows("nonsense", 100, 1)
 
 
 def test_kernels_take_their_steps_for_every_visit_and_group_of_heads():
     steps = attention_cycles.Steps(block_q=512, block_k=512, masked=100, full=80, step=10)
-    assert steps.cycles(visits=7, whole=3, groups=8, heads_of_group=2) == 8 * (
+    assert steps.cycles(blocks=7, full=3, groups=8, heads_of_group=2) == 8 * (
         2 * (4 * 100 + 3 * 80) + 7 * 10
     )
     for kernel, chips in (attention_cycles.table() | attention_cycles.streamed()).items():
@@ -80,17 +78,17 @@ ENTRY %main (p: bf16[1,8192,4096]) -> bf16[1,8192,4096] {
 }
 """
     )["main"]
-    counted = attention_cycles.Attention(chip, (), 1.0, 8, 2, (256, 128))
-    blocks = 8192 * 4096 / BLOCK
+    kernels = attention_cycles.Attention(chip, (), 1.0, 8, 2, (256, 128))
+    blocks = 8192 * 4096 / STREAM_BLOCK
     cycles = attention_cycles.streamed()["norm_rope_forward"]["v5e"]
     memory = 2 * 2 * 8192 * 4096 / chip.hbm_bandwidth
-    assert counted.work(call.root, call).seconds == max(blocks * cycles / chip.clock, memory)
+    assert kernels.work(call.root, call).seconds == max(blocks * cycles / chip.clock, memory)
 
 
 @pytest.mark.parametrize("name", ["NEO_OV_2B", "NEO_OV_9B"])
 def test_model_flops_are_six_for_each_weight_and_token(name):
     c = getattr(models, name)
-    rows = packing.packed("text", 4096, 2)
+    rows = packing.sample_rows("text", 4096, 2)
     tokens, keys = sum(row.tokens for row in rows), sum(row.keys for row in rows)
     layers = count_params(dataclasses.replace(c, vocab_size=1)) - _other(c)
     width = c.qk_width + c.head_dim
@@ -101,7 +99,7 @@ def test_model_flops_are_six_for_each_weight_and_token(name):
 
 
 def _other(c) -> int:
-    """Parameters outside of layers, with a vocabulary of 1."""
+    """The number of parameters outside of layers, with a vocabulary of 1."""
     params = abstract_params(dataclasses.replace(c, vocab_size=1))
     outside = [
         path for path in param_paths.all_paths(params) if not re.match("pre_buffer|post_llm", path)
@@ -110,7 +108,7 @@ def _other(c) -> int:
 
 
 def test_frozen_weights_need_no_gradients():
-    c, rows = models.TINY, packing.packed("text", 4096, 1)
+    c, rows = models.TINY, packing.sample_rows("text", 4096, 1)
     tokens = rows[0].tokens
     whole = costs.model_flops(c, (".*",), rows)
     without = costs.model_flops(c, (r"(?!post_llm/mlp).*",), rows)

@@ -1,6 +1,6 @@
-"""What plans read from programs compiled for TPUs, against counts made another way.
+"""Plans read the right numbers from compiled programs: work, collectives, bytes, waits.
 
-Needs libtpu, the TPU compiler; no TPU.
+Needs libtpu, the TPU compiler, but no TPU.
 """
 
 import functools
@@ -22,7 +22,7 @@ LAYERS, WIDTH, ROWS = 5, 1024, 512
 
 @functools.cache
 def scanned():
-    """Text, slice and mesh of a scan over layers whose weights are gathered and scattered."""
+    """A scan over layers whose weights are gathered and gradients scattered: text, slice, mesh."""
     topology = find_topology("v5e:4x4")
     mesh = jax.make_mesh((4, 4), ("x", "y"), devices=topology.devices)
 
@@ -79,7 +79,7 @@ def test_collectives_are_counted_by_kind_axis_and_bytes():
     whole = 2 * WIDTH * WIDTH
     assert found[("all-gather", ("x",))] == [LAYERS, LAYERS * whole / 4]
     assert found[("all-gather", ("y",))] == [LAYERS, LAYERS * whole]
-    # The first scatter takes the whole, the second what the first has left; padding may be added.
+    # The first scatter takes the whole gradient, the second a quarter; padding may be added.
     for axis, size in (("x", whole), ("y", whole / 4)):
         count, size_found = found[("reduce-scatter", (axis,))]
         assert count == LAYERS
@@ -144,7 +144,7 @@ def test_products_of_heads_are_counted(equation, shapes):
 def test_bytes_of_memory_are_those_of_slices_and_results():
     topology = find_topology("v5e:2x2")
     mesh = jax.make_mesh((4,), ("x",), devices=topology.devices)
-    layers, shape = 6, (16384, 8192)  # more than VMEM holds
+    layers, shape = 6, (16384, 8192)  # larger than VMEM
     arguments = (_argument(shape, mesh, P()), _argument((layers, *shape), mesh, P()))
 
     def run(x, stack):
@@ -153,7 +153,7 @@ def test_bytes_of_memory_are_those_of_slices_and_results():
     program = compiled(lambda: jax.jit(run).lower(*arguments), {})
     totals = costs.read(program.text, topology, mesh, lambda one, where: None)
     size = 2 * math.prod(shape)
-    # Each step reads x and one layer and writes x; what x is copied into first may come to that.
+    # Each step reads x and a layer, and writes x. Copies of x before the loop may come on top.
     assert 3 * layers * size <= totals.hbm_bytes <= (3 * layers + 4) * size
 
 
@@ -190,7 +190,7 @@ def test_groups_of_devices_are_read_in_every_spelling():
 
 
 def test_waits_are_what_other_work_does_not_hide():
-    """1000 cycles beside a gather that takes 1500, then 200 cycles."""
+    """1000 cycles run beside an all-gather that takes 1500, then 200 cycles after it."""
     text = """HloModule m, is_scheduled=true
 
 ENTRY %main (p: f32[64]) -> f32[256] {

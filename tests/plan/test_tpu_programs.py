@@ -1,4 +1,4 @@
-"""What the TPU compiler makes of our kernels, of a step and of decoding. Needs libtpu; no TPU."""
+"""The TPU compiler's programs of our kernels, a step and decoding. Needs libtpu, no TPU."""
 
 import dataclasses
 import subprocess
@@ -65,7 +65,7 @@ def test_attention_is_compiled_for_tpus(slice_, length, kernels):
 
 @pytest.mark.slow
 def test_kernels_keep_to_their_budget():
-    """In instruction bundles, of one chip; `make tpu` asks for all."""
+    """Instruction bundles of one chip; `make tpu` checks all."""
     command = [sys.executable, "-m", "benchmarks.kernel_cycles", "--chips", "v5e"]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert ended.returncode == 0, ended.stdout + ended.stderr
@@ -83,7 +83,7 @@ def test_gradients_of_weights_are_scattered():
     scattered = [one for one in plan.traffic if one.kind == "reduce-scatter"]
     matrices = 2 * 4 * (3 * 512 * 1024 + 512 * (2 * 4 * 128 + 512 + 2 * 3 * 128))
     assert sum(one.bytes for one in scattered) > matrices
-    # What is reduced whole are norms, biases and the first product of patches, which is not split.
+    # All-reduced are only norms, biases and the first matrix of the patch embedding: not split.
     assert plan.all_reduced < 4 * (768 * 1024 + 100_000)
 
 
@@ -105,7 +105,7 @@ def test_a_prefill_is_counted_with_the_keys_that_it_needs(length):
     assert prefill.model_flops < executed < 2.5 * prefill.model_flops
 
 
-SCALES = "copy-start f32"  # of int8: small enough to be put into fast memory
+SCALES = "copy-start f32"  # the scales of int8, small enough for VMEM
 
 
 @pytest.mark.slow
