@@ -1,4 +1,4 @@
-"""Interval attention: every implementation against its definition, in value and gradients."""
+"""Attention kernels: every implementation against its definition, in value and gradients."""
 
 import functools
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from helpers.tolerance import assert_close
 from neo_jax.errors import InputError
 from neo_jax.kernels import block_list, blockwise, flash
 from neo_jax.kernels.decode_attention import decode_attention
@@ -19,7 +20,7 @@ from neo_jax.sharding import make_mesh, put
 # rows, queries, keys, query heads, key heads, widths of keys and values, type
 SHAPES = [
     (1, 384, 384, 1, 1, 128, 128, "float32"),
-    (2, 300, 300, 4, 2, 256, 128, "float32"),  # lengths of no whole blocks
+    (2, 300, 300, 4, 2, 256, 128, "float32"),  # lengths are not multiples of blocks
     (1, 256, 640, 4, 1, 128, 256, "float32"),  # a part of a row's queries, all of its keys
     (3, 130, 130, 6, 2, 128, 128, "float32"),
     (2, 512, 512, 4, 2, 256, 128, "bfloat16"),
@@ -28,7 +29,7 @@ CASES = 20  # of each shape
 
 
 def packing(rng, rows, length):
-    """T positions and segments of documents of text and images; at times much padding."""
+    """T positions and segments of packed documents of text and images; at times much padding."""
     t, segments = np.zeros((2, rows, length), np.int32)
     for row in range(rows):
         place, document = 0, 0
@@ -43,18 +44,18 @@ def packing(rng, rows, length):
 
 
 def bounds_of(rng, rows, queries, keys):
-    """Of `queries` that are a part of a row of `keys`; now and then some that see nothing."""
+    """Intervals of `queries` that are a part of a row of `keys`; some may see nothing."""
     start, end = map(np.array, intervals(*packing(rng, rows, keys)))
     first = int(rng.integers(0, keys - queries + 1))
     start, end = start[:, first : first + queries], end[:, first : first + queries]
     sees_nothing = rng.random(start.shape) < rng.choice([0, 0.3])
-    # An interval is empty, too, where it ends before it starts.
+    # An interval that ends before it starts is empty too.
     return start, np.where(sees_nothing, rng.integers(0, start + 1), end)
 
 
 @functools.partial(jax.jit, static_argnums=6)
 def run(q, k, v, start, end, weight, implementation):
-    """z, and the gradients of sum(weight * z)."""
+    """The output z, and the gradients of sum(weight * z)."""
 
     def total(q, k, v):
         z = interval_attention(q, k, v, start, end, 0.1, implementation=implementation)
@@ -70,12 +71,6 @@ def arrays_of(rng, b, t, s, n, k, j, h):
     return q, k, v, weight / np.float32(np.sqrt(h))
 
 
-def assert_close(found, wanted, tolerance):
-    for ours, theirs in zip(found, wanted, strict=True):
-        atol = tolerance * max(1, np.abs(theirs).max())
-        np.testing.assert_allclose(np.float32(ours), theirs, atol=atol, rtol=0)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("implementation", ["blockwise", "interpreted", "two kernels"])
@@ -83,7 +78,7 @@ def test_every_implementation_is_the_definition(shape, implementation, monkeypat
     *sizes, dtype = shape
     monkeypatch.setattr(flash, "BLOCKS", (128, 128))
     monkeypatch.setattr(blockwise, "BLOCK", 128)
-    if implementation == "two kernels":  # as for rows whose gradients do not fit fast memory
+    if implementation == "two kernels":  # as for rows whose dk and dv do not fit VMEM
         monkeypatch.setattr(flash, "needs_kv_major", lambda *_: True)
     jax.clear_caches()
     rng = np.random.default_rng(0)
@@ -103,7 +98,7 @@ def test_every_implementation_is_the_definition(shape, implementation, monkeypat
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)], ids=str)
 @pytest.mark.parametrize("implementation", ["dense", "blockwise", "interpreted"])
-def test_the_same_on_a_mesh_with_visits_made_before(implementation, mesh):
+def test_the_same_on_a_mesh_with_shared_block_lists(implementation, mesh):
     rng, sizes = np.random.default_rng(1), (4, 640, 640, 4, 2, 128, 128)
     q, k, v, weight = arrays_of(rng, *sizes)
     bounds = bounds_of(rng, *sizes[:3])
@@ -128,35 +123,36 @@ def test_the_same_on_a_mesh_with_visits_made_before(implementation, mesh):
         assert_close(attend(q, k, v, start, end, weight), wanted, 1e-5)
 
 
-def test_the_lists_hold_what_is_seen_and_no_more():
+def test_block_lists_hold_what_is_seen_and_no_more():
     rng = np.random.default_rng(2)
     for _ in range(50):
         start, end = bounds_of(rng, 2, 256, 512)
         key = np.arange(512)
-        seen = (key >= start[..., None]) & (key < end[..., None])
-        pairs = seen.reshape(2, 4, 64, 8, 64).swapaxes(2, 3)
+        mask = (key >= start[..., None]) & (key < end[..., None])
+        blocks = mask.reshape(2, 4, 64, 8, 64).swapaxes(2, 3)
         low = np.where(start < end, start, 512).reshape(2, 4, 64).min(2)[..., None]
         high = np.where(start < end, end, 0).reshape(2, 4, 64).max(2)[..., None]
         between = (low < np.arange(64, 513, 64)) & (high > np.arange(0, 512, 64))
         assert block_list.count(start, end, 512, 64, 64) == between.sum()
         for kv_major in (False, True):
             make = block_list.kv_major if kv_major else block_list.q_major
-            listed, (total,) = map(np.asarray, make(start, end, 512, 64, 64))
-            listed = listed[:total]
-            query, block = block_list.query_block(listed), block_list.key_block(listed)
+            entries, (num_entries,) = map(np.asarray, make(start, end, 512, 64, 64))
+            entries = entries[:num_entries]
+            query, block = block_list.query_block(entries), block_list.key_block(entries)
             found = np.zeros(between.shape, bool)
             found[query // 4, query % 4, block] = True
-            assert (found >= between).all()  # and nothing else but where there is nothing
+            # Rows or columns of blocks that see nothing have one entry.
+            assert (found >= between).all()
             assert (found & ~between).sum() == (~between.any(1 if kv_major else 2)).sum()
             order = (query // 4) * 8 + block if kv_major else query
             assert (np.diff(order) >= 0).all()
             changes = np.append(True, np.diff(order) != 0)
-            np.testing.assert_array_equal(listed & block_list.FIRST != 0, changes)
+            np.testing.assert_array_equal(entries & block_list.FIRST != 0, changes)
             np.testing.assert_array_equal(
-                listed & block_list.LAST != 0, np.append(changes[1:], True)
+                entries & block_list.LAST != 0, np.append(changes[1:], True)
             )
-            full = pairs[query // 4, query % 4, block].all((1, 2))
-            np.testing.assert_array_equal(listed & block_list.PARTIAL == 0, full)
+            full = blocks[query // 4, query % 4, block].all((1, 2))
+            np.testing.assert_array_equal(entries & block_list.PARTIAL == 0, full)
 
 
 def test_work_grows_with_the_intervals_and_not_with_the_square():
@@ -206,14 +202,14 @@ def test_decoding_is_the_definition_over_what_is_cached(is_int8, kernel, mesh):
     wanted = interval_attention(
         q, *(np.float32(exact[name]) for name in "kv"), 0 * end[:, None], end[:, None], 0.1
     )
-    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    assert_close(found, wanted, 1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("groups", [(64, 32, 32), (64, 64)], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_norms_and_rotation_in_one_kernel(groups, dtype):
-    """Value and gradients, on one device and on a mesh, against the same rule in XLA."""
+    """Value and gradients, on one device and on a mesh, against the definition in XLA."""
     rng, shape = np.random.default_rng(4), (2, 384, 4, 128)
     t, hw = (rng.normal(size=shape).astype(np.float32) for _ in range(2))
     weight = rng.normal(size=(*shape[:3], 256)).astype(np.float32)
@@ -239,7 +235,7 @@ def test_norms_and_rotation_in_one_kernel(groups, dtype):
         assert_close(run(t, hw, scale, *rotary, weight, True), wanted, 1e-5)
 
 
-def test_what_cannot_be_done_is_said():
+def test_unknown_and_unfit_implementations_are_refused():
     q = np.zeros((1, 4, 1, 8), np.float32)
     bounds = np.zeros((2, 1, 4), np.int32)
     with pytest.raises(InputError, match="use one of auto, dense"):

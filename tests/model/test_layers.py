@@ -1,4 +1,4 @@
-"""The pieces that modules are made of, where they differ from the plain rule."""
+"""The model's shared layers, where they differ from their plain definition."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from neo_jax.plan.topology import find_topology
 
 
 def test_the_gradient_of_a_row_taken_often_is_exact():
-    """Two thousand summands of one size and sign: bfloat16 alone would stop at the 256th."""
+    """Two thousand summands of one size and sign: a sum in bfloat16 stops at the 256th."""
     rng = np.random.default_rng(0)
     table = jnp.zeros((8, 16), jnp.bfloat16)
     index = np.where(rng.random(2500) < 0.8, 3, rng.integers(0, 8, 2500))
@@ -32,14 +32,14 @@ def test_the_gradient_of_a_row_taken_often_is_exact():
 
 @needs_compiler
 def test_one_decoded_row_is_a_product_of_the_matrix_unit():
-    """Of one row alone the TPU compiler makes sums of the vector unit, at half the speed."""
+    """For a single row, XLA:TPU would use the vector unit, at half the speed."""
     topology = find_topology("v5e:2x2")
     mesh = jax.make_mesh(
         (1,), ("x",), devices=topology.devices[:1], axis_types=(AxisType.Explicit,)
     )
-    place = NamedSharding(mesh, P())
+    sharding = NamedSharding(mesh, P())
     x, weight = (
-        jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)
         for shape in ((1, 1, 512), (512, 1024))
     )
 

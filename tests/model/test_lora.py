@@ -1,4 +1,4 @@
-"""Low-rank factors: what they change counts however little it is, on every mesh."""
+"""LoRA: the factors' change of a product counts however small it is, on every mesh."""
 
 import functools
 
@@ -24,7 +24,7 @@ NAMES = {"b": "batch", "d": "embed", "f": "ffw", "n": "heads"}
 
 
 def partition(letters):
-    """Of an array with these dimensions; activations are not split over `embed`."""
+    """The partition of an array with these dimensions; activations are not split over `embed`."""
     names = map(NAMES.get, letters)
     return partition_spec(*(None if "b" in letters and name == "embed" else name for name in names))
 
@@ -32,12 +32,12 @@ def partition(letters):
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)], ids=str)
 @pytest.mark.parametrize("equation", ["btd,dnh->btnh", "btd,df->btf", "btf,fd->btd"])
 def test_a_change_below_the_rounding_of_a_weight_counts(shape, equation):
-    """In bfloat16, 1e-5 where the weight is 0.02; on each device, as in training."""
+    """In bfloat16, a change of 1e-5 of weights of 0.02; on each device, as in training."""
     x_letters, letters, y_letters = equation.replace("->", ",").split(",")
     of_a, of_b = letters[0] + "r", "r" + letters[1:]
     mesh, random = make_mesh(shape), np.random.default_rng(0)
 
-    def drawn(letters, size, dtype):
+    def normal(letters, size, dtype):
         array = random.normal(0, size, [SIZES[letter] for letter in letters])
         return jax.device_put(array.astype(dtype), NamedSharding(mesh, partition(letters)))
 
@@ -48,16 +48,16 @@ def test_a_change_below_the_rounding_of_a_weight_counts(shape, equation):
             param.set_metadata(out_sharding=partition(letters))
             yield layers.einsum(equation, x, param, out=out).astype("float32")
 
-    x, matrix = drawn(x_letters, 1, "bfloat16"), drawn(letters, 0.02, "bfloat16")
-    a, b = drawn(of_a, 128**-0.5, "float32"), drawn(of_b, 1e-5 * 32**0.5 / SCALE, "float32")
+    x, matrix = normal(x_letters, 1, "bfloat16"), normal(letters, 0.02, "bfloat16")
+    a, b = normal(of_a, 128**-0.5, "float32"), normal(of_b, 1e-5 * 32**0.5 / SCALE, "float32")
     weight, y = lora.LoraMatrix(matrix, a, b, SCALE), partition(y_letters)
     in_specs = (partition(x_letters), weight.partitions(partition(letters)))
     with jax.set_mesh(mesh):
-        run = shard_map_over_data(lambda *given: tuple(products(*given)), in_specs, (y, y))
+        run = shard_map_over_data(lambda *arrays: tuple(products(*arrays)), in_specs, (y, y))
         changed, plain = map(np.asarray, jax.jit(run)(x, weight))
     wanted = SCALE * np.tensordot(np.asarray(x, np.float32) @ np.asarray(a), np.asarray(b), 1)
     share = np.sum((changed - plain) * wanted) / np.sum(wanted * wanted)
-    assert share == pytest.approx(1, abs=0.05)  # how products are rounded is noise beside it
+    assert share == pytest.approx(1, abs=0.05)  # the products' rounding is noise beside it
 
 
 @functools.cache
@@ -84,7 +84,7 @@ def factors_and_gradients(shape, merge):
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 2, 2)], ids=str)
 def test_factors_count_as_if_they_were_worked_in(shape):
-    """Loss and gradients, against those through the sum of a matrix and its change."""
+    """Loss and gradients equal those through the merged matrices."""
     loss, gradients = factors_and_gradients(shape, lora.with_lora)
     wanted, theirs = factors_and_gradients((1, 1, 1), lora.merge_lora)
     np.testing.assert_allclose(loss, wanted, rtol=1e-5)

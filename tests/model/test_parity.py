@@ -5,19 +5,20 @@ import numpy as np
 import pytest
 
 from helpers.golden import arrays, load_case
+from helpers.tolerance import assert_close
 from neo_jax.batch import to_device
 from neo_jax.data.example import collate, make_example
 from neo_jax.data.image import normalise
 from neo_jax.data.positions import block_order, thw_positions
 from neo_jax.kernels.intervals import intervals
 from neo_jax.kernels.softmax_base import LN_2
-from neo_jax.model import decoder, patch_embed
+from neo_jax.model import layers, patch_embed
 from neo_jax.model.neo import bind
 from neo_jax.model.rope import thw_rotary
 from neo_jax.weights.mapping import rows
 
 CASES = ("single_image", "multi_image", "text_only", "video")
-ATOL = 1e-4
+TOLERANCE = 1e-5
 
 
 @pytest.fixture(params=CASES)
@@ -28,8 +29,8 @@ def case(request):
     return load_case(name), inputs, pixels, arrays(name, "outputs.npz")
 
 
-def close(got, wanted):
-    np.testing.assert_allclose(np.asarray(got), wanted, atol=ATOL, rtol=0)
+def close(found, wanted):
+    assert_close(found, wanted, TOLERANCE)
 
 
 def test_positions(case):
@@ -65,9 +66,9 @@ def test_patch_embedding_step_by_step(case):
 
 def test_hidden_states_of_every_layer(case):
     neo, inputs, pixels, outputs = case
-    embeds, layers, final = neo.hidden_states(inputs["input_ids"], **pixels)
+    embeds, hidden_states, final = neo.hidden_states(inputs["input_ids"], **pixels)
     close(embeds, outputs["inputs_embeds"])
-    close(layers, outputs["hidden_states"])
+    close(hidden_states, outputs["hidden_states"])
     close(final, outputs["final_norm"])
 
 
@@ -83,8 +84,8 @@ def test_every_query_sees_the_officials_keys(case):
     t = inputs["indexes"][:1]
     start, end = intervals(t, np.ones_like(t))
     key = np.arange(t.shape[1])
-    seen = (key >= np.asarray(start)[0][:, None]) & (key < np.asarray(end)[0][:, None])
-    np.testing.assert_array_equal(seen, outputs["mask_allowed"])
+    mask = (key >= np.asarray(start)[0][:, None]) & (key < np.asarray(end)[0][:, None])
+    np.testing.assert_array_equal(mask, outputs["mask_allowed"])
 
 
 def test_heads_of_the_first_layer():
@@ -93,23 +94,26 @@ def test_heads_of_the_first_layer():
     c = neo.config
     (hw,) = (row.channels for row in rows(c) if row.path[0::2] == ("pre_buffer", "q_hw_dnh"))
     half = c.head_dim // 2
-    # ours is [T1 H1 W1 T2 H2 W2], the official order [T H W]
-    ours = np.concatenate([np.arange(half), c.head_dim + hw[:half]])
-    ours = np.concatenate([ours, np.arange(half, c.head_dim), c.head_dim + hw[half:]])
+    # From the official order [T H W] to [T1 H1 W1 T2 H2 W2].
+    first, second = (
+        (np.arange(half), c.head_dim + hw[:half]),
+        (np.arange(half, c.head_dim), c.head_dim + hw[half:]),
+    )
+    channels = np.concatenate([*first, *second])
 
     @jax.jit
     def run(params, x, thw):
         block = jax.tree.map(lambda leaf: leaf[0], bind(c, params).pre_buffer)
         rotary = thw_rotary(thw, c.t_width, c.hw_width, c.rope_theta, c.rope_theta_hw)
-        y = decoder.layers.rms_norm(x, block.attention_norm, c.rms_norm_eps)
+        y = layers.rms_norm(x, block.attention_norm, c.rms_norm_eps)
         return block.attention.qkv(y, rotary)
 
     with jax.set_mesh(neo.mesh):
         embeds = outputs["inputs_embeds"][None]
         q, k, v = run(neo.params, embeds, inputs["indexes"].T[None])
-    scaled = outputs["layer0_q"] * (c.head_dim**-0.5 / LN_2)  # for the softmax
-    close(np.moveaxis(q[0], 0, 1), scaled[..., ours])
-    close(np.moveaxis(k[0], 0, 1), outputs["layer0_k"][..., ours])
+    scaled = outputs["layer0_q"] * (c.head_dim**-0.5 / LN_2)  # see softmax_base.py
+    close(np.moveaxis(q[0], 0, 1), scaled[..., channels])
+    close(np.moveaxis(k[0], 0, 1), outputs["layer0_k"][..., channels])
     close(np.moveaxis(v[0], 0, 1), outputs["layer0_v"])
     assert outputs["scaling"] == pytest.approx(c.head_dim**-0.5)
 
@@ -136,8 +140,8 @@ def test_documents_packed_in_one_row():
     close(logits[0], outputs["logits"])
     start, end = intervals(packed["thw"][..., 0], packed["segments"])
     key = np.arange(len(ids))
-    seen = (key >= np.asarray(start).T) & (key < np.asarray(end).T)
-    np.testing.assert_array_equal(seen, outputs["mask_allowed"])
+    mask = (key >= np.asarray(start).T) & (key < np.asarray(end).T)
+    np.testing.assert_array_equal(mask, outputs["mask_allowed"])
 
 
 @pytest.mark.parametrize("name", ["single_image", "multi_image"])
@@ -152,7 +156,7 @@ def test_same_logits_on_a_2x2x2_mesh(name):
 def test_bytes_normalised_on_the_device_as_on_the_host():
     every_byte = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 768, axis=1)
     on_device = jax.jit(patch_embed.normalise)(every_byte)
-    np.testing.assert_allclose(np.asarray(on_device), normalise(every_byte), atol=5e-7, rtol=0)
+    assert_close(on_device, normalise(every_byte), 5e-7)
 
 
 def test_bfloat16_answers_alike():
@@ -161,7 +165,7 @@ def test_bfloat16_answers_alike():
         inputs["input_ids"], inputs["pixel_values"], inputs["grid_hw"]
     )
     assert logits.dtype == np.float32
-    np.testing.assert_allclose(logits, outputs["logits"], atol=0.1)
+    assert_close(logits, outputs["logits"], 0.03)
 
 
 @pytest.mark.slow
@@ -179,4 +183,4 @@ def test_remat_changes_nothing():
         batch = to_device(batch, neo.mesh)
         grad = jax.jit(jax.grad(total), static_argnums=2)
         plain, full = grad(neo.params, batch, "none"), grad(neo.params, batch, "full")
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=5e-4, atol=1e-3), plain, full)
+    assert_close(full, plain, 1e-5)
