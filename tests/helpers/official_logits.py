@@ -37,9 +37,8 @@ def main(official: str, directory: str, inputs: str, saved: str) -> None:
         if "pixel_values" in case:
             grid_hw = torch.tensor(case["grid_hw"].astype(np.int64))
             visual = model.extract_feature(torch.tensor(case["pixel_values"]), grid_hw=grid_hw)
-            h, w = torch.tensor(case["indexes"][1:])
             context = ids[0] == int(np.bincount(case["input_ids"]).argmax())
-            assert int(context.sum()) == len(visual), (h.shape, w.shape)
+            assert int(context.sum()) == len(visual)
             embeds[0, context] = visual
         from transformers import DynamicCache
 

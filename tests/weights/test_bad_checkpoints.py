@@ -1,4 +1,4 @@
-"""What users get wrong about a checkpoint or how to load it: one error that names it."""
+"""Mistakes with a checkpoint or its loading: one error that names the cause."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ SOURCE = GOLDEN / "generate/hf"
 
 
 @pytest.mark.parametrize(
-    ("section", "name", "value", "said"),
+    ("section", "name", "value", "message"),
     [
         ("llm_config", "hidden_size", "48", "llm_config.hidden_size is '48': not a number"),
         ("llm_config", "num_hidden_layers", [1, 2], "num_hidden_layers is .*not a number"),
@@ -23,12 +23,12 @@ SOURCE = GOLDEN / "generate/hf"
         ("vision_config", "hidden_size", 32.5, "vision_hidden_size is 32.5: use an integer"),
     ],
 )
-def test_values_of_a_config_are_checked(section, name, value, said, tmp_path):
+def test_values_of_a_config_are_checked(section, name, value, message, tmp_path):
     shutil.copytree(SOURCE, tmp_path / "hf")
     content = json.loads((SOURCE / "config.json").read_text())
     content[section][name] = value
     (tmp_path / "hf/config.json").write_text(json.dumps(content))
-    with raises(said):
+    with raises(message):
         neo_jax.load(tmp_path / "hf")
 
 
@@ -59,9 +59,9 @@ def test_a_mesh_of_other_axes_is_refused():
 
 
 def test_one_picture_need_not_be_in_a_list():
-    neo, picture = load_case("generate"), GOLDEN / "generate/images/image_0.png"
+    neo, image = load_case("generate"), GOLDEN / "generate/images/image_0.png"
     options = {"max_new_tokens": 4, "max_pixels": 16384, "min_pixels": 4096}
-    wanted = neo.chat("What is this?", images=[picture], **options)
-    assert neo.chat("What is this?", images=str(picture), **options) == wanted
-    assert neo.chat("What is this?", images=picture, **options) == wanted
+    wanted = neo.chat("What is this?", images=[image], **options)
+    assert neo.chat("What is this?", images=str(image), **options) == wanted
+    assert neo.chat("What is this?", images=image, **options) == wanted
     assert neo.chat("Hi", images=None, **options) == neo.chat("Hi", **options)

@@ -1,4 +1,4 @@
-"""Conversions that are killed, starved of room or given damage: whole or not there at all."""
+"""Conversions that are killed, run out of disk or read damaged files: writes are atomic."""
 
 import os
 import shutil
@@ -20,17 +20,16 @@ from neo_jax.convert import from_hf
 from neo_jax.weights import directory as directory_module
 from neo_jax.weights.directory import new_directory
 
-# Slow enough to be killed anywhere: a pause before each piece.
+# A conversion that pauses before each piece, so that a kill can come anywhere.
 _SLOW = """
 import sys, time
-import neo_jax.weights.mapping as mapping
-read, write = mapping.Row.read, mapping.Row.write
+from neo_jax.weights.row import Row
 def slowly(original):
     def call(*arguments):
         time.sleep(0.05)
         return original(*arguments)
     return call
-mapping.Row.read, mapping.Row.write = slowly(read), slowly(write)
+Row.read, Row.write = slowly(Row.read), slowly(Row.write)
 from neo_jax.convert import from_hf, to_hf
 print("ready", flush=True)
 sys.exit({"from_hf": from_hf, "to_hf": to_hf}[sys.argv[1]].main(sys.argv[2:]))
@@ -69,8 +68,7 @@ def test_a_killed_conversion_leaves_nothing_that_looks_complete(command, source,
     assert partial.exists()
     capfd.readouterr()
     run(getattr(commands, command), start, target)
-    said = capfd.readouterr().err
-    assert "left by a run that did not finish; starting over" in said
+    assert "left by a run that did not finish; starting over" in capfd.readouterr().err
     if command == "from_hf":
         run(commands.to_hf, target, tmp_path / "back")
         target = tmp_path / "back"
@@ -82,12 +80,12 @@ def test_an_existing_destination_is_refused_without_overwrite(source, tmp_path, 
     run(commands.from_hf, source / "hf", tmp_path / "out")
     marker = tmp_path / "out/marker"
     marker.write_text("mine")
-    assert commands.from_hf([str(source / "hf"), str(tmp_path / "out")]) == 2
+    assert commands.from_hf([source / "hf", tmp_path / "out"]) == 2
     assert "exists: choose another place or allow to overwrite" in capsys.readouterr().err
     assert marker.exists()
     run(commands.from_hf, source / "hf", tmp_path / "out", "--overwrite")
     assert not marker.exists()
-    assert commands.from_hf([str(source / "hf"), str(source / "hf"), "--overwrite"]) == 2
+    assert commands.from_hf([source / "hf", source / "hf", "--overwrite"]) == 2
     assert "SRC and DST are the same or inside" in capsys.readouterr().err
     assert (source / "hf/model.safetensors").exists()
 
@@ -97,7 +95,7 @@ def test_a_failed_overwrite_keeps_what_was_there(source, tmp_path):
     run(commands.from_hf, source / "hf", tmp_path / "out")
     path = broken / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
-    assert commands.from_hf([str(broken), str(tmp_path / "out"), "--overwrite"]) == 2
+    assert commands.from_hf([broken, tmp_path / "out", "--overwrite"]) == 2
     run(commands.to_hf, tmp_path / "out", tmp_path / "back")
     assert_same_tensors(tmp_path / "back", source / "hf")
 
@@ -120,7 +118,7 @@ def test_a_disk_that_fills_up_leaves_nothing(command, source, tmp_path, monkeypa
     if mounted.returncode:
         pytest.skip("cannot mount a small disk here")
     try:
-        usage = shutil.disk_usage(tmp_path)  # pretend that there is room
+        usage = shutil.disk_usage(tmp_path)  # the small disk seems to have room
         monkeypatch.setattr(directory_module.shutil, "disk_usage", lambda path: usage)
         start = source / ("hf" if command == "from_hf" else "ours")
         assert getattr(commands, command)([start, small / "out"]) == 2
@@ -138,28 +136,29 @@ def test_a_read_only_disk_is_named(source, tmp_path, capsys):
     try:
         for command, start in ((commands.from_hf, "hf"), (commands.to_hf, "ours")):
             assert command([source / start, tmp_path / "out"]) == 2
-            assert "cannot write: " in (err := capsys.readouterr().err)
-            assert "Read-only file system" in err
+            error = capsys.readouterr().err
+            assert "cannot write: " in error
+            assert "Read-only file system" in error
     finally:
         subprocess.run(["umount", tmp_path], check=True)
 
 
 def test_a_destination_that_cannot_be_written(source, tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
-    assert commands.from_hf([str(source / "hf"), str(tmp_path / "file/out")]) == 2
+    assert commands.from_hf([source / "hf", tmp_path / "file/out"]) == 2
     assert "cannot write" in capsys.readouterr().err
 
 
 def test_nothing_that_is_read_is_overwritten(source, tmp_path, capsys):
     outer = shutil.copytree(source, tmp_path / "outer")
     for target in (outer, outer / "hf/inner"):
-        assert commands.from_hf([str(outer / "hf"), str(target), "--overwrite"]) == 2
+        assert commands.from_hf([outer / "hf", target, "--overwrite"]) == 2
         assert "inside each other" in capsys.readouterr().err
     assert (outer / "hf/model.safetensors").exists()
     (tmp_path / "link").symlink_to(outer)
-    assert commands.from_hf([str(source / "hf"), str(tmp_path / "link"), "--overwrite"]) == 2
+    assert commands.from_hf([source / "hf", tmp_path / "link", "--overwrite"]) == 2
     assert "no directory of its own" in capsys.readouterr().err
-    assert commands.to_hf([str(source / "ours"), "s3://bucket/y"]) == 2
+    assert commands.to_hf([source / "ours", "s3://bucket/y"]) == 2
     assert "only local directories" in capsys.readouterr().err
 
 
@@ -190,17 +189,17 @@ def test_an_interrupt_cleans_up(tmp_path):
 def test_a_damaged_checkpoint_of_ours_is_named(source, tmp_path, capsys):
     damaged = shutil.copytree(source / "ours", tmp_path / "ours")
     (damaged / "params/manifest.ocdbt").write_bytes(b"damage")
-    assert commands.to_hf([str(damaged), str(tmp_path / "out")]) == 2
+    assert commands.to_hf([damaged, tmp_path / "out"]) == 2
     assert "ours/params: cannot read" in capsys.readouterr().err
     shutil.rmtree(damaged / "params")
-    assert commands.to_hf([str(damaged), str(tmp_path / "out")]) == 2
+    assert commands.to_hf([damaged, tmp_path / "out"]) == 2
     assert "no checkpoint of ours" in capsys.readouterr().err
     shutil.copytree(source / "ours/params", damaged / "params")
     (damaged / "neo_jax.json").write_text('{"format": 7}')
-    assert commands.to_hf([str(damaged), str(tmp_path / "out")]) == 2
+    assert commands.to_hf([damaged, tmp_path / "out"]) == 2
     assert "format 7; this version reads 1" in capsys.readouterr().err
     (damaged / "neo_jax.json").unlink()
-    assert commands.to_hf([str(damaged), str(tmp_path / "out")]) == 2
+    assert commands.to_hf([damaged, tmp_path / "out"]) == 2
     assert "has params but no neo_jax.json" in capsys.readouterr().err
 
 
@@ -210,13 +209,13 @@ def test_a_checkpoint_of_another_model_is_refused(source, tmp_path, capsys):
     (other / "neo_jax.json").write_text(
         text.replace('"intermediate_size": 128', '"intermediate_size": 256')
     )
-    assert commands.to_hf([str(other), str(tmp_path / "out")]) == 2
+    assert commands.to_hf([other, tmp_path / "out"]) == 2
     err = capsys.readouterr().err
     assert "pre_buffer/mlp/gate_df: (1, 64, 128), the model has (1, 64, 256)" in err
 
 
 def test_damage_found_while_converting_is_named(tmp_path, capsys, monkeypatch):
-    """A file that is cut after its header was read."""
+    """The file is cut after its header has been read."""
     source = shutil.copytree(GOLDEN / "single_image/hf", tmp_path / "hf")
     path = source / "model.safetensors"
     opened = from_hf.open_published
@@ -227,7 +226,7 @@ def test_damage_found_while_converting_is_named(tmp_path, capsys, monkeypatch):
         return result
 
     monkeypatch.setattr(from_hf, "open_published", open_then_cut)
-    assert commands.from_hf([str(source), str(tmp_path / "out")]) == 2
+    assert commands.from_hf([source, tmp_path / "out"]) == 2
     assert "model.safetensors: cannot read" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
 
@@ -238,7 +237,7 @@ def test_a_qwen3_that_does_not_fit_is_listed(tmp_path, capsys):
     del tensors["model.layers.0.mlp.up_proj.weight"]
     tensors["model.layers.9.mlp.up_proj.weight"] = np.zeros((2, 2), np.float32)
     save_file(tensors, source / "model.safetensors")
-    assert commands.from_qwen3([str(source), str(tmp_path / "out"), "--pre-buffer", "1"]) == 2
+    assert commands.from_qwen3([source, tmp_path / "out", "--pre-buffer", "1"]) == 2
     err = capsys.readouterr().err
     assert "missing: model.layers.0.mlp.up_proj.weight" in err
     assert "unknown: model.layers.9.mlp.up_proj.weight" in err
@@ -248,3 +247,4 @@ def test_directories_are_checked_before_anything_is_written(tmp_path):
     (tmp_path / "out").mkdir()
     with raises("out exists"), new_directory(tmp_path / "out", 0):
         raise AssertionError("must not get here")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

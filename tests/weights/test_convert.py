@@ -1,4 +1,4 @@
-"""Checkpoints there and back: bits, layouts, meshes, official code, and every form."""
+"""Conversions in both directions: bits, layouts, meshes, and what the official code loads."""
 
 import dataclasses
 import json
@@ -15,6 +15,7 @@ from benchmarks.random_checkpoint import write_checkpoint
 from helpers import commands
 from helpers.conversions import all_tensors, assert_same_tensors, run
 from helpers.golden import GOLDEN, arrays, load_case, raises
+from helpers.tolerance import assert_close
 from neo_jax.configs.models import TINY
 from neo_jax.model.neo import init_params
 from neo_jax.model_config import QK_LAYOUTS
@@ -61,11 +62,11 @@ def test_restores_equal_arrays_on_every_mesh(converted, mesh):
 def test_logits_are_the_same_after_the_round_trip(converted, tmp_path):
     inputs, outputs = arrays("multi_image", "inputs.npz"), arrays("multi_image", "outputs.npz")
     run(commands.to_hf, converted, tmp_path / "back")
-    asked = (inputs["input_ids"], inputs["pixel_values"], inputs["grid_hw"])
+    batch = (inputs["input_ids"], inputs["pixel_values"], inputs["grid_hw"])
     for directory in (converted, tmp_path / "back"):
-        logits = neo_jax.load(directory, dtype="float32", mesh=(1, 1, 1)).logits(*asked)
-        np.testing.assert_array_equal(logits, load_case("multi_image").logits(*asked))
-        np.testing.assert_allclose(logits, outputs["logits"], atol=1e-4, rtol=0)
+        logits = neo_jax.load(directory, dtype="float32", mesh=(1, 1, 1)).logits(*batch)
+        np.testing.assert_array_equal(logits, load_case("multi_image").logits(*batch))
+        assert_close(logits, outputs["logits"], 1e-5)
 
 
 def test_side_files_come_along(converted, tmp_path):
@@ -94,7 +95,7 @@ def test_one_element_lists_of_a_config_become_numbers(tmp_path):
 
 
 def test_an_exported_config_is_of_the_model_whatever_lies_beside_it(converted, tmp_path):
-    """A tokenizer's directory may hold another model's: a Qwen3's, or a deeper and wider NEO's."""
+    """A tokenizer's directory may have the config.json of a Qwen3, or of another NEO."""
     ours = shutil.copytree(converted, tmp_path / "ours")
     published = json.loads((GOLDEN / "multi_image/hf/config.json").read_text())
     llm, vision = published["llm_config"], published["vision_config"]
@@ -142,7 +143,7 @@ def test_save_hf_from_memory_on_a_mesh(tmp_path):
 
 
 def test_a_step_of_a_training_run_is_exported(tmp_path):
-    """Orbax's own manager writes the parameters, as training does."""
+    """Orbax's CheckpointManager writes the parameters, as in training."""
     import orbax.checkpoint as ocp
 
     neo = load_case("single_image")
@@ -166,7 +167,7 @@ def test_a_step_of_a_training_run_is_exported(tmp_path):
 
 
 def test_each_device_reads_only_its_part(monkeypatch):
-    """Bytes read for 8 devices are those of the model, but for what is not split."""
+    """8 devices together read the bytes of the model, and those of unsplit tensors again."""
     read = []
     original = Tensor.__getitem__
 
@@ -182,7 +183,7 @@ def test_each_device_reads_only_its_part(monkeypatch):
     assert sum(read) == total
     read.clear()
     neo_jax.load(directory, dtype="float32", mesh=(1, 4, 2))
-    assert total <= sum(read) < 1.6 * total  # a device column reads whole what is not split there
+    assert total <= sum(read) < 1.6 * total  # unsplit tensors are read more than once
 
 
 def test_generation_branch_of_a_u1_checkpoint_is_left_out(tmp_path, caplog):
@@ -213,13 +214,13 @@ def test_check_reports_and_writes_nothing(tmp_path, capsys):
     tensors = load_file(source / "model.safetensors")
     tensors["language_model.model.norm.weight"][:2] = [np.nan, np.inf]
     save_file(tensors, source / "model.safetensors")
-    assert commands.from_hf([str(source), "--check"]) == 2
+    assert commands.from_hf([source, "--check"]) == 2
     err = capsys.readouterr().err
     assert "language_model.model.norm.weight has 2 NaN or infinite values" in err
 
 
 def test_official_model_loads_our_export(converted, tmp_path):
-    """Runs where torch, transformers and the official code are: NEO_OFFICIAL=.../VLMEvalKit."""
+    """Needs torch, transformers and the official code: NEO_OFFICIAL=.../VLMEvalKit."""
     import os
     import subprocess
     import sys
@@ -236,7 +237,7 @@ def test_official_model_loads_our_export(converted, tmp_path):
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         wanted = arrays(name, "outputs.npz")["logits"]
-        np.testing.assert_allclose(np.load(saved), wanted, atol=1e-5, rtol=0)
+        assert_close(np.load(saved), wanted, 1e-5)
 
 
 @pytest.mark.slow
@@ -256,9 +257,9 @@ def test_init_params_and_the_key_table_agree(tmp_path):
 def test_pieces_cover_an_array_once():
     chunk = orbax_files.choose_chunk((4, 8, 6), (4, 8, 3), 2, is_layered=True)
     assert chunk == (1, 8, 3)
-    pending = orbax_files.LazyArray((4, 8, 6), np.dtype("float32"), chunk, read=None)
+    lazy = orbax_files.LazyArray((4, 8, 6), np.dtype("float32"), chunk, read=None)
     count = np.zeros((4, 8, 6), int)
-    for index in pending.pieces():
+    for index in lazy.pieces():
         count[index] += 1
     assert (count == 1).all()
     big = orbax_files.choose_chunk((151936, 4096), (151936, 4096), 2, is_layered=False)

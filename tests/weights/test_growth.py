@@ -1,4 +1,4 @@
-"""A NEO grown from a plain Qwen3: the official tensors, tokens and numbers."""
+"""A NEO grown from a plain Qwen3 has the official tensors, tokens and logits."""
 
 import dataclasses
 import json
@@ -13,6 +13,7 @@ from benchmarks.random_checkpoint import write_checkpoint
 from helpers import commands
 from helpers.conversions import all_tensors, assert_same_tensors, run
 from helpers.golden import GOLDEN, arrays
+from helpers.tolerance import assert_close
 from neo_jax.configs.models import TINY
 
 
@@ -50,18 +51,11 @@ def test_without_pre_buffer_it_is_still_that_qwen3(name, tmp_path):
     shutil.copytree(golden / "qwen3", tmp_path / "qwen3")
     for path in (GOLDEN / "single_image/hf").glob("*token*"):
         shutil.copy(path, tmp_path / "qwen3")
-    run(
-        commands.from_qwen3,
-        tmp_path / "qwen3",
-        tmp_path / "ours",
-        "--pre-buffer",
-        0,
-        "--vocab-size",
-        640,
-    )
+    arguments = ("--pre-buffer", 0, "--vocab-size", 640)
+    run(commands.from_qwen3, tmp_path / "qwen3", tmp_path / "ours", *arguments)
     neo = neo_jax.load(tmp_path / "ours", dtype="float32", mesh=(1, 1, 1))
     logits = neo.logits(check["input_ids"])[:, : check["qwen3_logits"].shape[1]]
-    np.testing.assert_allclose(logits, check["qwen3_logits"], atol=1e-4, rtol=0)
+    assert_close(logits, check["qwen3_logits"], 1e-5)
 
 
 def test_pre_buffer_and_patch_embedding_from_a_neo(tmp_path):
@@ -75,12 +69,12 @@ def test_pre_buffer_and_patch_embedding_from_a_neo(tmp_path):
     for key in grown:
         if ".layers.0." in key or ".layers.1." in key or key.startswith("vision_model"):
             np.testing.assert_array_equal(grown[key], given[key])
-    assert commands.from_qwen3([str(source), str(tmp_path / "x"), *map(str, arguments[2:]),
-                            "--pre-buffer", "1"]) == 2  # fmt: skip
+    other_depth = ("--pre-buffer", 1, *arguments[2:])
+    assert commands.from_qwen3([source, tmp_path / "x", *other_depth]) == 2
 
 
 def test_grown_tokenizer_knows_neos_tokens(tmp_path):
-    """From Qwen3's tokenizer files, in both forms, the same ids as the published tokenizer."""
+    """Qwen3's tokenizer, slow or fast, gives the ids of the published tokenizer."""
     from neo_jax.data.tokenizer import NEO_TOKENS, NeoTokenizer, add_neo_tokens
 
     published = NeoTokenizer.from_directory(GOLDEN / "single_image/hf")
