@@ -1,7 +1,7 @@
-"""NEO in numpy float64, from a checkpoint's tensors by their published names.
+"""A reference NEO in numpy float64, from a checkpoint's tensors by their published names.
 
-An independent second writing of the specification, for the layouts that no golden covers. It keeps
-the checkpoint's channel order and an explicit mask, and shares no code with the project.
+An independent implementation of the specification, for the layouts that no golden data covers. It
+has the checkpoint's channel order and an explicit mask, and shares no code with the project.
 """
 
 import math
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def logits(tensors, hf_config, layout, token_ids, pixel_values, grid_hw, context_id, start_id):
-    """[L, V] of one document. pixel_values [P, 768] row-major, grid_hw [n, 2]."""
+    """Logits [L, V] of one document; pixel_values [P, 768] row-major, grid_hw [n, 2]."""
     llm, vision = hf_config["llm_config"], hf_config["vision_config"]
     w = {key: value.astype(np.float64) for key, value in tensors.items()}
     prefix = "language_model.model."
@@ -18,7 +18,7 @@ def logits(tensors, hf_config, layout, token_ids, pixel_values, grid_hw, context
     is_image = token_ids == context_id
     if is_image.any():
         x[is_image] = _patch_embed(w, vision, pixel_values, grid_hw)
-    positions, seen = _positions(token_ids, grid_hw, context_id, start_id)
+    positions, mask = _positions(token_ids, grid_hw, context_id, start_id)
     eps = llm["rms_norm_eps"]
     for i in range(llm["num_hidden_layers"]):
         layer = {
@@ -27,7 +27,7 @@ def logits(tensors, hf_config, layout, token_ids, pixel_values, grid_hw, context
             if key.startswith(f"{prefix}layers.{i}.")
         }
         y = _norm(x, layer["input_layernorm.weight"], eps)
-        x = x + _attention(y, layer, llm, layout, positions, seen)
+        x = x + _attention(y, layer, llm, layout, positions, mask)
         y = _norm(x, layer["post_attention_layernorm.weight"], eps)
         gate = y @ layer["mlp.gate_proj.weight"].T
         up = y @ layer["mlp.up_proj.weight"].T
@@ -37,7 +37,7 @@ def logits(tensors, hf_config, layout, token_ids, pixel_values, grid_hw, context
     return x @ head.T
 
 
-def _attention(y, layer, llm, layout, positions, seen):
+def _attention(y, layer, llm, layout, positions, mask):
     n, k, h = llm["num_attention_heads"], llm["num_key_value_heads"], llm["head_dim"]
     eps = llm["rms_norm_eps"]
 
@@ -66,7 +66,7 @@ def _attention(y, layer, llm, layout, positions, seen):
     q, key = heads("q", n), np.repeat(heads("k", k), n // k, axis=1)
     value = (y @ layer["self_attn.v_proj.weight"].T).reshape(len(y), k, h)
     scores = np.einsum("tnj,snj->nts", q, key) / math.sqrt(h)
-    scores = np.where(seen, scores, -np.inf)
+    scores = np.where(mask, scores, -np.inf)
     p = np.exp(scores - scores.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
     out = np.einsum("nts,snh->tnh", p, np.repeat(value, n // k, axis=1))
@@ -74,27 +74,27 @@ def _attention(y, layer, llm, layout, positions, seen):
 
 
 def _positions(token_ids, grid_hw, context_id, start_id):
-    """[3, L] positions and the [L, L] mask, by walking over the tokens."""
+    """Positions [3, L] and mask [L, L], token by token."""
     t, hw, images = -1, [], iter(grid_hw)
-    positions, image_of, image, place = [], [], -1, []
+    positions, image_of, image, remaining = [], [], -1, []
     for i, token in enumerate(token_ids):
         if token == context_id:
             if token_ids[i - 1] == start_id:
                 rows, columns = (int(side) // 2 for side in next(images))
-                place = [(r, c) for r in range(rows) for c in range(columns)]
+                remaining = [(r, c) for r in range(rows) for c in range(columns)]
                 image, t = image + 1, t + 1
-            hw = place.pop(0)
+            hw = remaining.pop(0)
             image_of.append(image)
         else:
             t, hw = t + 1 + (i > 0 and token_ids[i - 1] == start_id), (0, 0)
             image_of.append(None)
         positions.append((t, *hw))
     length = len(token_ids)
-    seen = np.tril(np.ones((length, length), bool))
+    mask = np.tril(np.ones((length, length), bool))
     for i in range(length):
         for j in range(length):
-            seen[i, j] |= image_of[i] is not None and image_of[i] == image_of[j]
-    return np.array(positions).T, seen
+            mask[i, j] |= image_of[i] is not None and image_of[i] == image_of[j]
+    return np.array(positions).T, mask
 
 
 def _patch_embed(w, vision, pixel_values, grid_hw):
