@@ -161,8 +161,6 @@ def test_a_device_holds_its_part_of_values_and_scales():
     names = {path[-2].key for path, leaf in jax.tree_util.tree_leaves_with_path(params)
              if leaf.dtype == jnp.int8}  # fmt: skip
     assert names == CONTRACTING_DIMS.keys()
-        {"lm_head"} if "lm_head" not in full_precision else set()
-    )
 
 
 def test_a_quantised_matrix_behaves_as_a_leaf_of_the_tree():
