@@ -5,10 +5,6 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 EXTRAS ?= dev
 
-# What a developer runs while working.
-test-fast: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
-
 .PHONY: demo test test-fast tpu notebooks lint clean
 
 demo: $(READY)
@@ -17,6 +13,10 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# What a developer runs while working.
+test-fast: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 # What is said of TPUs, asked of their compiler again: the kernels' cycles and a whole step. Minutes.
 tpu: $(READY)
@@ -31,6 +31,7 @@ notebooks: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
