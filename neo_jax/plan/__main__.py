@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
     check(args)
     if args.pods:
         return pods_table.write_table(
-            args.pods, args.only, with_flags=not args.no_flags, anew=args.no_cache
+            args.pods, args.only, with_flags=not args.no_flags, replan=args.no_cache
         )
     module = find_config(args.config)
     config = module.get_config()

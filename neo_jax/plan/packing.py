@@ -88,20 +88,20 @@ def sample_rows(mix: str, length: int, count: int) -> tuple[Row, ...]:
     if mix not in MIXES:
         raise InputError(f"packing {mix!r}: use one of {', '.join([*MIXES, CAUSAL])}")
     rows, opened = [], [[] for _ in range(OPEN_ROWS)]
-    room = [length] * OPEN_ROWS
+    free = [length] * OPEN_ROWS
     for document in _documents(mix, length):
         size = sum(part for _, part in document)
-        fitting = [i for i in range(OPEN_ROWS) if size <= room[i]]
+        fitting = [i for i in range(OPEN_ROWS) if size <= free[i]]
         if not fitting:  # the fullest row is finished
-            place = int(np.argmin(room))
+            place = int(np.argmin(free))
             rows.append(build_row(opened[place], length))
-            opened[place], room[place] = [document], length - size
+            opened[place], free[place] = [document], length - size
             if len(rows) == count:
                 return tuple(rows)
         else:
-            place = min(fitting, key=lambda i: room[i])
+            place = min(fitting, key=lambda i: free[i])
             opened[place].append(document)
-            room[place] -= size
+            free[place] -= size
 
 
 def _documents(mix: str, length: int) -> Iterator[Document]:

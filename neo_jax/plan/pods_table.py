@@ -53,7 +53,7 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-def write_table(path: str, only: str = "", *, with_flags: bool = True, anew: bool = False) -> int:
+def write_table(path: str, only: str = "", *, with_flags: bool = True, replan: bool = False) -> int:
     """Plans the rows that are missing or out of date, and writes the table.
 
     Several processes may do so at the same time.
@@ -62,7 +62,7 @@ def write_table(path: str, only: str = "", *, with_flags: bool = True, anew: boo
       path: of the Markdown file. The rows are saved beside it, in a JSON file of the same name.
       only: plan only rows whose "config pod" contains this.
       with_flags: use the chips' compiler flags; compiling takes longer.
-      anew: plan rows again that are up to date.
+      replan: plan also rows that are up to date.
 
     Returns:
       0, or 1 if a row does not fit or leaves less than LEAST_SPARE of memory free.
@@ -76,7 +76,7 @@ def write_table(path: str, only: str = "", *, with_flags: bool = True, anew: boo
         (config, pod)
         for (config, pod), settings in PODS.items()
         if only in f"{config} {pod}"
-        and (anew or not _is_current(rows.get(f"{config} {pod}", {}), settings))
+        and (replan or not _is_current(rows.get(f"{config} {pod}", {}), settings))
     ]
     if only and not any(only in f"{config} {pod}" for config, pod in PODS):
         raise InputError(f"--only {only}: no such row in configs/pods.py")
@@ -84,7 +84,7 @@ def write_table(path: str, only: str = "", *, with_flags: bool = True, anew: boo
         find_topology(wanted[0][1])  # raises InputError if there is no compiler
         print(f"{len(wanted)} of {len(PODS)} rows, minutes each", file=sys.stderr)
     for config, pod in tqdm.tqdm(wanted, unit="row"):
-        if not anew and _is_current(_read(kept).get(f"{config} {pod}", {}), PODS[config, pod]):
+        if not replan and _is_current(_read(kept).get(f"{config} {pod}", {}), PODS[config, pod]):
             continue  # another process has made it
         row = {
             "settings": list(PODS[config, pod]),
@@ -93,7 +93,7 @@ def write_table(path: str, only: str = "", *, with_flags: bool = True, anew: boo
                 "versions": compile_cache.versions(),
                 **{name: os.environ.get(name, "") for name in compile_cache.FLAGS},
             },
-            **_plan_row(config, pod, with_flags, anew),
+            **_plan_row(config, pod, with_flags, replan),
         }
         _save_row(kept, f"{config} {pod}", row)
     rows = _read(kept)
@@ -189,13 +189,13 @@ def _options(plan: Plan) -> list[str]:
     return [option.partition("=")[0] for option in plan.settings["compiler"].split()]
 
 
-def _plan_row(config: str, pod: str, with_flags: bool, anew: bool) -> dict:
+def _plan_row(config: str, pod: str, with_flags: bool, replan: bool) -> dict:
     """Plans a row in another process: a crash of the compiler then fails one row only."""
     packing = PACKING[config.rsplit("_", 1)[1]]
     command = [sys.executable, "-m", "neo_jax.plan", config, "--pod", pod]
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "plan.json"
-        command += ["--packing", packing, "--json", str(path), *["--no-cache"] * anew]
+        command += ["--packing", packing, "--json", str(path), *["--no-cache"] * replan]
         command += ["--no-flags"] * (not with_flags)
         ended = subprocess.run(command, capture_output=True, text=True)
         text = path.read_text() if path.exists() else ""

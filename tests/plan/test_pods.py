@@ -79,7 +79,7 @@ def test_a_row_that_failed_is_made_again(tmp_path, monkeypatch):
 def test_the_table_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     made = []
 
-    def plan_row(config, pod, with_flags, anew):
+    def plan_row(config, pod, with_flags, replan):
         if len(made) == 2:
             raise KeyboardInterrupt
         made.append((config, pod))
