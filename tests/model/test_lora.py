@@ -83,7 +83,7 @@ def factors_and_gradients(shape, merge):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 2, 2)], ids=str)
-def test_factors_count_as_if_they_were_worked_in(shape):
+def test_factors_count_as_if_they_were_merged(shape):
     """Loss and gradients equal those through the merged matrices."""
     loss, gradients = factors_and_gradients(shape, lora.with_lora)
     wanted, theirs = factors_and_gradients((1, 1, 1), lora.merge_lora)
