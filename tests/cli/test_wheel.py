@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -15,8 +16,13 @@ from helpers.golden import GOLDEN, ROOT, load_case
 def installed(tmp_path_factory):
     """A fresh environment with the wheel; its dependencies are those of this environment."""
     folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"  # a build leaves files beside the sources
+    shutil.copytree(ROOT / "neo_jax", source / "neo_jax")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    build = [*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
+    offline = ["--no-deps", "--no-build-isolation", "--no-index"]
+    build = [*pip, "wheel", "--quiet", *offline, "--wheel-dir", str(folder), str(source)]
     subprocess.run(build, check=True)
     (wheel,) = folder.glob("neo_ov_jax-*.whl")
     subprocess.run([sys.executable, "-m", "venv", str(folder / "venv")], check=True)
