@@ -9,6 +9,7 @@ import sysconfig
 import zipfile
 
 import pytest
+
 from helpers.golden import GOLDEN, ROOT, load_case
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 
 def assert_close(found, wanted, tolerance: float) -> None:
-    """max |found - wanted| <= tolerance * max |wanted|, for arrays or for each array of two trees."""
+    """max |found - wanted| <= tolerance * max |wanted|, of arrays or of each array of trees."""
     jax.tree.map(lambda one, other: _assert_close(one, other, tolerance), found, wanted)
 
 
