@@ -87,4 +87,4 @@ def test_two_hosts_train_as_one(tmp_path):
             found[number] = float(metrics["loss"])
     assert losses(workdir) == pytest.approx(found, rel=1e-5)
     saved = neo_jax.load(workdir, dtype="float32", mesh=(1, 1, 1)).params
-    assert_close(saved, state["ema"], 2e-4)
+    assert_close(saved, state["ema"], 6e-4)
