@@ -5,7 +5,7 @@ The images are made in memory, so nothing is downloaded. It takes minutes on two
 
 from neo_jax.data.pipeline import DataConfig
 from neo_jax.data.synthetic import NAME, VOCABULARY
-from neo_jax.demo.report import report
+from neo_jax.demo.demo_report import report
 from neo_jax.infer.api import Pipeline
 from neo_jax.model_config import ModelConfig
 from neo_jax.train.loop import Finished

@@ -13,7 +13,7 @@ from neo_jax.plan.result import Times, Traffic
 from neo_jax.plan.timeline import Kernels, Totals
 from neo_jax.plan.topology import Topology
 from neo_jax.sharding import AXES
-from neo_jax.train.metrics import flops_per_batch
+from neo_jax.train.run_metrics import flops_per_batch
 
 
 def read(text: str, topology: Topology, mesh: Mesh, kernels: Kernels, **options) -> Totals:

@@ -22,7 +22,7 @@ from neo_jax.plan.topology import Topology, find_topology
 from neo_jax.plan.training import UNREADABLE, tensor_size
 from neo_jax.plan.work import branches
 from neo_jax.sharding import batch_rows, describe, spec
-from neo_jax.train.metrics import flops_per_batch
+from neo_jax.train.run_metrics import flops_per_batch
 from neo_jax.weights.place import param_target
 
 _COPIES = ("copy", "transpose", "copy-start", "concatenate")

@@ -12,7 +12,7 @@ from neo_jax.data.mixture import Mixture
 from neo_jax.data.pipeline import TOO_LONG, DataConfig, explain
 from neo_jax.data.tokenizer import NeoTokenizer
 from neo_jax.errors import InputError
-from neo_jax.train.metrics import append_line
+from neo_jax.train.run_metrics import append_line
 
 MAX_EXPLAINED = 1000  # bad or too long records whose reason is written down
 MIN_RECORDS = 100  # before the share of bad ones can end the run

@@ -29,9 +29,9 @@ from neo_jax.train import param_paths
 from neo_jax.train.bad_records import BadRecords
 from neo_jax.train.checkpoint_manager import Checkpoints
 from neo_jax.train.initialize import run_folder, run_mesh, starting_point, write_run
-from neo_jax.train.metrics import Metrics
 from neo_jax.train.profiler import Profiler
 from neo_jax.train.progress import Progress
+from neo_jax.train.run_metrics import Metrics
 from neo_jax.train.step import State, first_state, make_evaluation, make_merge_params, make_step
 from neo_jax.train.train_config import Config
 

@@ -15,7 +15,7 @@ from neo_jax.data.mixture import Mixture
 from neo_jax.errors import InputError
 from neo_jax.model_config import ModelConfig
 from neo_jax.sharding import data_shard
-from neo_jax.train.metrics import Metrics, flops_per_batch, peak_flops
+from neo_jax.train.run_metrics import Metrics, flops_per_batch, peak_flops
 from neo_jax.train.train_config import Config
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from neo_jax.demo.demo_report import report
 from neo_jax.demo.held_out import ask_held_out, scores
-from neo_jax.demo.report import report
 
 KINDS = {"caption", "colour", "shape", "place", "digit", "count", "binding", "relation", "change"}
 
