@@ -92,7 +92,7 @@ def open_rgb(source: ImageSource, *, flatten: bool = True) -> Image.Image:
             return _flattened(image)
         return image.convert("RGB")
     except FileNotFoundError as error:
-        raise InputError(f"image {source}: no such file") from error
+        raise InputError(f"image {_name(source)}: no such file") from error
     except UnidentifiedImageError as error:
         raise InputError(f"image {_name(source)}: not an image that Pillow can read") from error
     except (

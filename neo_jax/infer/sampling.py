@@ -198,8 +198,11 @@ class Answer:
 
     def __init__(self, sampling: Sampling, decode: Callable, stop_ids: Sequence[int] = ()):
         """`decode`: the tokenizer's, ids to text; `stop_ids`: at which the model itself stops."""
-        self.token_ids, self.text, self.finish_reason = [], "", None
-        self.sampling, self._decode, self._waiting = sampling, decode, []
+        self.token_ids: list[int] = []
+        self.text = ""
+        self.finish_reason: str | None = None
+        self.sampling, self._decode = sampling, decode
+        self._waiting: list[int] = []
         self._stop_ids = {*sampling.stop_token_ids, *stop_ids}
 
     def add(self, token: int) -> str | None:

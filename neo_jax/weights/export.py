@@ -1,6 +1,7 @@
 """Writes parameters as a published directory, which the official PyTorch code loads."""
 
 import collections
+import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -129,7 +130,11 @@ def _blocks(rows, c: ModelConfig, read_leaf: ReadLeaf, dtype) -> Iterator[Block]
     step = max(1, _BLOCK_BYTES // (int(np.prod(rest, dtype=np.int64)) * dtype.itemsize))
     for start in range(0, total, step):
         index = (slice(start, min(start + step, total)), *[slice(None)] * len(rest))
-        yield lambda index=index: read_leaf(first.path, index).astype(dtype, copy=False)
+        yield functools.partial(_read_rows, read_leaf, first.path, index, dtype)
+
+
+def _read_rows(read_leaf: ReadLeaf, path: ParamPath, index: Index, dtype) -> np.ndarray:
+    return read_leaf(path, index).astype(dtype, copy=False)
 
 
 def _make_tensor(rows, c: ModelConfig, read_leaf: ReadLeaf, dtype) -> np.ndarray:
@@ -138,7 +143,7 @@ def _make_tensor(rows, c: ModelConfig, read_leaf: ReadLeaf, dtype) -> np.ndarray
     for row, layer in rows:
         index = (slice(None),) * row.our_rank
         if layer is not None:
-            slot = layer - mapping.layers_of(row, c)[0]
+            slot = layer - next(iter(mapping.layers_of(row, c)))
             leaf = read_leaf(row.path, (slice(slot, slot + 1), *index))[0]
         else:
             leaf = read_leaf(row.path, index)
