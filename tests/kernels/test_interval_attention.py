@@ -90,7 +90,8 @@ def test_every_implementation_is_the_definition(shape, implementation, monkeypat
         name = "interpreted" if implementation == "two kernels" else implementation
         found = run(q, k, v, *bounds, weight, name)
         assert {str(array.dtype) for array in found} == {dtype}
-        assert_close(found, wanted, 1e-5 if dtype == "float32" else 2e-2)
+        # With documents of one token, gradients of queries and keys are 0 but for rounding.
+        assert_close(found, wanted, 1e-5 if dtype == "float32" else 2e-2, least=1)
         nothing = np.asarray(bounds[0]) >= np.asarray(bounds[1])
         assert not np.any(np.float32(found[0])[nothing])
 
