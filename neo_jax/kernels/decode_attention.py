@@ -21,62 +21,79 @@ from neo_jax.kernels.shard_kernel import shard_kernel
 
 NAME = "decode_attention"
 LANES = 128
-BLOCKS = (512, 256, 128)  # keys read at once: the largest that divides the cache's length
+TOKENS = 256  # of a lane that XLA reads at once
 _ROWS_BY_ROWS = (((1,), (1,)), ((), ()))
 _PLAIN = (((1,), (0,)), ((), ()))
 
 
-def decode_attention(q_b1nj, k, v, layer, end_b, num_key_heads, scale, kernel=None):
-    """Softmax attention of each row's query over its first `end_b` keys. [B, 1, N, H].
+def decode_attention(q_b1nj, k, v, layer, block_table_bn, end_b, num_key_heads, scale, kernel=None):
+    """Softmax attention of each lane's query over the first `end_b` keys of its blocks.
 
     Args:
       q_b1nj: [B, 1, N, J].
       k, v: stores of widths J and H.
       layer: whose part of the stores is read.
-      end_b: [B] int32, 1 or more.
+      block_table_bn: [B, n] int32, the lane's blocks in order, numbered on each device.
+      end_b: [B] int32; a lane with 0 gets zeros.
       num_key_heads: K, over the whole mesh.
       kernel: True: the TPU kernel, interpreted where there is no TPU; None: the best.
+
+    Returns:
+      [B, 1, N, H]. A lane's result does not depend on the other lanes.
     """
     group = q_b1nj.shape[2] // num_key_heads
     run = functools.partial(_on_device, group=group, scale=scale, kernel=kernel)
-    return shard_kernel(run, (q_b1nj, k, v, jnp.asarray(layer), end_b), out_like=0)
+    arrays = (q_b1nj, k, v, jnp.asarray(layer), block_table_bn, end_b)
+    return shard_kernel(run, arrays, out_like=0)
 
 
-def _on_device(q_b1nj, k, v, layer, end_b, group, scale, kernel):
-    _, _, n, j = q_b1nj.shape
-    num_heads = n, n // group
-    length, width_v = v["values"].shape[2], v["values"].shape[3] // num_heads[1]
-    options = {"num_heads": num_heads, "scale": scale}
-    in_xla = functools.partial(_in_xla, **options)
-    arrays = (q_b1nj, k, v, layer, end_b)
-    if kernel is None and (j % LANES or width_v % LANES or length % LANES):
-        return in_xla(*arrays)
-    pallas = functools.partial(_pallas, **options)
-    if kernel:
-        in_xla = functools.partial(pallas, is_interpreted=True)
-    return jax.lax.platform_dependent(*arrays, tpu=pallas, default=in_xla)
+def _on_device(q_b1nj, k, v, layer, block_table_bn, end_b, group, scale, kernel):
+    num_heads = q_b1nj.shape[2], q_b1nj.shape[2] // group
+    return _in_xla(q_b1nj, k, v, layer, block_table_bn, end_b, num_heads, scale)
 
 
-def _in_xla(q_b1nj, k, v, layer, end_b, num_heads, scale):
-    dot_in = product(q_b1nj.dtype)
-    k_bsx, v_bsx = (_read(store, layer, q_b1nj.dtype) for store in (k, v))
-    scores_bsn = scale * dot_in("bsx,bnx->bsn", k_bsx, _spread_queries(q_b1nj, num_heads))
-    mask_bs = jnp.arange(k_bsx.shape[1]) < end_b[:, None]
-    p_bsn = jax.nn.softmax(jnp.where(mask_bs[..., None], scores_bsn, MASK_VALUE), axis=1)
-    z_bnx = dot_in("bsn,bsx->bnx", p_bsn.astype(v_bsx.dtype), v_bsx)
+def _in_xla(q_b1nj, k, v, layer, block_table_bn, end_b, num_heads, scale):
+    """A few blocks of every lane at a time, as many times as the longest lane needs."""
+    dot_in, q_bnx = product(q_b1nj.dtype), _spread_queries(q_b1nj, num_heads)
+    size = k["values"].shape[2]
+    many = max(1, TOKENS // size)
+    table_bn = jnp.pad(block_table_bn, [(0, 0), (0, -block_table_bn.shape[1] % many)])
+
+    def step(number, state):
+        running_max, total, z_bnx = state
+        blocks_bm = jax.lax.dynamic_slice_in_dim(table_bn, number * many, many, axis=1)
+        k_bsx, v_bsx = (_read(store, layer, blocks_bm, q_b1nj.dtype) for store in (k, v))
+        scores_bns = scale * dot_in("bnx,bsx->bns", q_bnx, k_bsx)
+        key_s = number * many * size + jnp.arange(many * size)
+        mask_bs = key_s < end_b[:, None]
+        scores_bns = jnp.where(mask_bs[:, None], scores_bns, MASK_VALUE)
+        new_max = jnp.maximum(running_max, jnp.max(scores_bns, axis=2))
+        p_bns, rescale = jnp.exp(scores_bns - new_max[..., None]), jnp.exp(running_max - new_max)
+        z_bnx = rescale[..., None] * z_bnx
+        z_bnx += dot_in("bns,bsx->bnx", p_bns.astype(v_bsx.dtype), v_bsx)
+        return new_max, rescale * total + jnp.sum(p_bns, axis=2), z_bnx
+
+    b, n, _ = q_bnx.shape
+    # Above every score of an unseen key, so that its exponent is 0 from the first.
+    state = jnp.full((b, n), MASK_VALUE / 2), jnp.zeros((b, n))
+    state += (jnp.zeros((b, n, v["values"].shape[3])),)
+    steps = -(-jnp.max(end_b) // (many * size))
+    _, total, z_bnx = jax.lax.fori_loop(0, steps, step, state)
+    z_bnx /= jnp.where(total == 0, 1, total)[..., None]
     return _gather_own_heads(z_bnx, num_heads).astype(q_b1nj.dtype)
 
 
-def _read(store: dict, layer, dtype) -> jax.Array:
-    """[B, S, K * width] of one layer."""
-    part = jax.tree.map(
-        lambda array: jax.lax.dynamic_index_in_dim(array, layer, keepdims=False), store
-    )
+def _read(store: dict, layer, blocks_bm, dtype) -> jax.Array:
+    """[B, m * block_size, K * width] of one layer's blocks [B, m]."""
+    part = {
+        which: array.at[layer, blocks_bm].get(mode="promise_in_bounds")
+        for which, array in store.items()
+    }
+    b, m, size, x = part["values"].shape
     if "scale" not in part:
-        return part["values"].astype(dtype)
-    b, s, x = part["values"].shape
-    heads = part["values"].reshape(b, s, part["scale"].shape[1], -1)
-    return (heads * part["scale"].swapaxes(1, 2)[..., None]).reshape(b, s, x).astype(dtype)
+        return part["values"].astype(dtype).reshape(b, m * size, x)
+    heads = part["values"].reshape(b, m, size, part["scale"].shape[2], -1)
+    return (heads * part["scale"].swapaxes(2, 3)[..., None]).reshape(b, m * size, x).astype(dtype)
 
 
 def _spread_queries(q_b1nj: jax.Array, num_heads: tuple[int, int]) -> jax.Array:

@@ -1,13 +1,17 @@
-"""The key-value cache: fixed-shape arrays, a row (slot) per running request.
+"""The key-value cache: a pool of blocks of `block_size` tokens, on each device of the batch axes.
 
-A cache is a dict. `pre_buffer` and `post_llm` hold {"k": [l, B, S, K * J], "v": [l, B, S, K * H]}
-of their l layers; `length_b` says how many places of each row are taken, and `t_b` is the T
-position of the row's next token. Rows fill from the left without gaps, so what a new token sees is
-the interval [0, length], and the attention rule of training serves unchanged. Time comes before
-heads, so that one token's keys are one run of memory and are written in place.
+A pool is a dict. `pre_buffer` and `post_llm` hold, for their l layers and all D devices,
 
-Such an array is the `values` of a dict. With int8 there is `scale` beside it, [l, B, K, S] float32,
-one for a token and a head; of [.., S, K] a TPU would fill up K to 128.
+    k  {"values": [l, D * num_blocks, block_size, K * J]}
+    v  {"values": [l, D * num_blocks, block_size, K * H]}
+
+and for int8 beside each `values` a `scale` [l, D * num_blocks, K, block_size] float32, one for a
+token and a head; of [.., block_size, K] a TPU would fill up K to 128. A token's heads lie side by
+side, so that one token's keys are one run of memory and are written in place.
+
+Which blocks belong to which sequence is not known here. A block's number counts from 0 on its own
+device. Block 0 is nobody's (the null block): what must be written somewhere but belongs to nobody,
+such as padding, is written there.
 """
 
 import functools
@@ -20,157 +24,137 @@ from jax.sharding import PartitionSpec as P
 from neo_jax.model import layer_stack
 from neo_jax.model.layers import in_order
 from neo_jax.model_config import ModelConfig
-from neo_jax.sharding import spec
+from neo_jax.sharding import batch_rows, spec
 
-Cache = dict[str, Any]
-Store = dict[str, Any]  # values [l, B, S, K * width], and for int8 their scale
+Pool = dict[str, Any]
+Store = dict[
+    str, Any
+]  # values [l, D * num_blocks, block_size, K * width], and for int8 their scale
 
 STACKS = ("pre_buffer", "post_llm")
 KV_DTYPES = ("bfloat16", "float32", "int8")
+NULL_BLOCK = 0
 
 
-def empty(c: ModelConfig, params: dict, rows: int, length: int, kv_dtype: str) -> Cache:
-    """A cache with no tokens in it. Call it inside jit, under the mesh.
+def empty(c: ModelConfig, params: dict, num_blocks: int, kv_dtype: str, block_size: int) -> Pool:
+    """A pool of zeros. Call it inside jit, under the mesh.
 
-    `params`: their stacks of layers say whether those of the cache are stacked (`layer_stack.py`).
+    Args:
+      params: their stacks of layers say whether those of the pool are stacked (`layer_stack.py`).
+      num_blocks: on each device of the batch axes, the null block among them.
     """
 
     def zeros(shape, dtype, which):
         return jnp.zeros(shape, dtype, out_sharding=spec(*_NAMES[which]))
 
     def store(num_layers: int, width: int) -> Store:
-        heads = c.num_key_value_heads
-        shape = (num_layers, rows, length, heads * width)
+        heads, blocks = (
+            c.num_key_value_heads,
+            num_blocks * batch_rows(jax.sharding.get_abstract_mesh()),
+        )
+        shape = (num_layers, blocks, block_size, heads * width)
         if kv_dtype == "int8":
-            scale = zeros((num_layers, rows, heads, length), jnp.float32, "scale")
+            scale = zeros((num_layers, blocks, heads, block_size), jnp.float32, "scale")
             return {"values": zeros(shape, jnp.int8, "values"), "scale": scale}
         return {"values": zeros(shape, kv_dtype, "values")}
 
     def stores(num_layers: int) -> dict[str, Store]:
         return {"k": store(num_layers, c.qk_width), "v": store(num_layers, c.head_dim)}
 
-    cache = {name: layer_stack.make_like(params[name], stores) for name in STACKS if name in params}
-    nothing_b = jnp.zeros(rows, jnp.int32, out_sharding=spec("batch"))
-    return cache | {"length_b": nothing_b, "t_b": nothing_b}
+    return {name: layer_stack.make_like(params[name], stores) for name in STACKS if name in params}
 
 
 def num_bytes(c: ModelConfig, kv_dtype: str) -> int:
-    """Bytes that one token takes in the cache, over all devices."""
+    """Bytes that one token takes in the pool, over all devices."""
     numbers = c.num_key_value_heads * (c.qk_width + c.head_dim)
     if kv_dtype == "int8":
         return c.num_layers * (numbers + 2 * 4 * c.num_key_value_heads)
     return c.num_layers * numbers * jnp.dtype(kv_dtype).itemsize
 
 
-def length(cache: Cache) -> int:
-    """S: for how many tokens each row has room."""
-    return jax.tree.leaves(cache["post_llm"]["k"]["values"])[0].shape[2]
+def block_size(pool: Pool) -> int:
+    """How many tokens a block has."""
+    return jax.tree.leaves(pool["post_llm"]["k"]["values"])[0].shape[2]
 
 
-def write_token(store: Store, new_b1: jax.Array, layer: jax.Array, place_b: jax.Array) -> Store:
-    """Puts one token's [B, 1, K, width] into a layer, at each row's place."""
-
-    def write(which, old, new, layer, place_b):
-        if old.shape[1] == 1:  # of a single update XLA makes something that copies the store
-            new, place_b = jnp.tile(new, (2, 1, 1)), jnp.tile(place_b, 2)
-        row_b = jnp.arange(len(place_b)) % old.shape[1]
-        if which == "scale":
-            return old.at[layer, row_b, :, place_b].set(new[..., 0], mode="promise_in_bounds")
-        return old.at[layer, row_b, place_b].set(new[:, 0], mode="promise_in_bounds")
-
-    return _written(write, store, new_b1, layer, place_b)
-
-
-def write_chunk(
-    store: Store,
-    new_rt: jax.Array,
-    layer: jax.Array,
-    slot_r: jax.Array,
-    start_r: jax.Array,
-    count_r: jax.Array,
+def write_token(
+    store: Store, new_b1: jax.Array, layer: jax.Array, block_b: jax.Array, place_b: jax.Array
 ) -> Store:
-    """Puts the first `count_r` of [R, T, K, width] into a layer, at places `start_r` of `slot_r`.
+    """Puts one token's [B, 1, K, width] into a layer, at a place of each lane's block."""
 
-    Slots are numbered on each device of the batch axes. A row with count 0 changes nothing.
+    def write(which, old, new, layer, block_b, place_b):
+        if len(block_b) == 1:  # XLA does not update in place for a single scatter index
+            new, block_b, place_b = (
+                jnp.concatenate([part, part]) for part in (new, block_b, place_b)
+            )
+        if which == "scale":
+            return old.at[layer, block_b, :, place_b].set(new[..., 0], mode="promise_in_bounds")
+        return old.at[layer, block_b, place_b].set(new[:, 0], mode="promise_in_bounds")
+
+    return _written(write, store, new_b1, layer, block_b, place_b)
+
+
+def write_rows(
+    store: Store, new_dt: jax.Array, layer: jax.Array, block_r: jax.Array, first_r: jax.Array
+) -> Store:
+    """Puts rows of `block_size` tokens, side by side in [D, T, K, width], into blocks of a layer.
+
+    Args:
+      block_r: [D * T / block_size] the block of each row.
+      first_r: the same; places of the block before this one keep the tokens that they have. What
+        comes after a sequence's last token is written too, and nobody sees it.
     """
 
-    def write(which, old, new, layer, slot_r, start_r, count_r):
-        if old.dtype == jnp.int8:
-            return scatter(old, new, layer, slot_r, start_r, count_r)
-        time = 1 if which == "scale" else 0  # of a slot's two dimensions
-        length = new.shape[1 + time]
+    def write(which, old, new, layer, block_r, first_r):
+        rows, size = len(block_r), new.shape[2 if which == "scale" else 1] // len(block_r)
+        token_t = jnp.arange(size)
+        if which == "scale":
+            new = new[0].reshape(-1, rows, size).swapaxes(0, 1)
+        else:
+            new, token_t = new.reshape(rows, size, -1), token_t[:, None]
 
         def write_row(r, old):
-            # A window that would stick out at the end begins earlier, its content shifted.
-            start = jnp.minimum(start_r[r], old.shape[2 + time] - length)
-            shift = start_r[r] - start
-            index = (layer, slot_r[r], *((0, start) if time else (start, 0)))
-            window = jax.lax.dynamic_slice(old, index, (1, 1, *new.shape[1:]))
-            place_t = jnp.arange(length) - shift
-            is_new_t = (place_t >= 0) & (place_t < count_r[r])
-            is_new = is_new_t[None] if time else is_new_t[:, None]
-            window = jnp.where(is_new, jnp.roll(new[r], shift, axis=time), window)
-            return jax.lax.dynamic_update_slice(old, in_order(window), index)
+            index = (layer, block_r[r], 0, 0)
+            block = jax.lax.dynamic_slice(old, index, (1, 1, *new.shape[1:]))
+            block = jnp.where(token_t < first_r[r], block, new[r])
+            return jax.lax.dynamic_update_slice(old, in_order(block), index)
 
-        return jax.lax.fori_loop(0, new.shape[0], write_row, old)
+        return jax.lax.fori_loop(0, rows, write_row, old)
 
-    def scatter(old, new, layer, slot_r, start_r, count_r):
-        # Windows that begin anywhere suit other tiles than an int8 store has: a TPU would copy it.
-        token_t = jnp.arange(new.shape[1])
-        is_new_rt = token_t < count_r[:, None]
-        place_rt = jnp.where(is_new_rt, start_r[:, None] + token_t, old.shape[2])
-        return old.at[layer, slot_r[:, None], place_rt].set(new, mode="drop")
-
-    return _written(write, store, new_rt, layer, slot_r, start_r, count_r)
+    return _written(write, store, new_dt, layer, block_r, first_r)
 
 
-def read_slot(
-    store: Store, layer: jax.Array, slot: jax.Array, num_heads: int, dtype: str
+def gather_blocks(
+    store: Store, layer: jax.Array, blocks_c: jax.Array, num_heads: int, dtype: str
 ) -> jax.Array:
-    """[1, S, K, width] of one layer and slot. For use inside shard_map, where K is `num_heads`."""
+    """[1, C * block_size, K, width] of one layer's blocks, side by side. For use inside shard_map,
+    where K is `num_heads`."""
 
-    def row(array):
-        index = (layer, slot, 0, 0)
-        return in_order(jax.lax.dynamic_slice(array, index, (1, 1, *array.shape[2:]))[0])
+    def blocks(array):
+        return in_order(array.at[layer, blocks_c].get(mode="promise_in_bounds"))
 
-    found = jax.tree.map(row, store)
-    values = found["values"].reshape(*found["values"].shape[:2], num_heads, -1)
+    found = jax.tree.map(blocks, store)
+    c, size, _ = found["values"].shape
+    values = found["values"].reshape(c, size, num_heads, -1)
     if "scale" in found:
         values = values * found["scale"].swapaxes(1, 2)[..., None]
-    return values.astype(dtype)
+    return values.astype(dtype).reshape(1, c * size, num_heads, -1)
 
 
-def copy_slot(cache: Cache, from_d: jax.Array, to_d: jax.Array) -> Cache:
-    """Copies keys and values of one slot to another, on each device of the batch axes its own."""
+def put_rows(array_b: jax.Array, new_r: jax.Array, lane_r: jax.Array, is_valid_r: jax.Array):
+    """[B, ...] with the valid rows of [R, ...] put into their lanes, counted on each device."""
 
-    def copy(array, from_d, to_d):
-        row = jax.lax.dynamic_slice_in_dim(array, from_d[0], 1, axis=1)
-        return jax.lax.dynamic_update_slice_in_dim(array, row, to_d[0], axis=1)
-
-    def run(array, part):
-        in_specs = (part, spec("batch"), spec("batch"))
-        return jax.shard_map(copy, in_specs=in_specs, out_specs=part, check_vma=False)(
-            array, from_d, to_d
-        )
-
-    stacks = {name: cache[name] for name in STACKS if name in cache}
-    return cache | jax.tree.map(run, stacks, partition(stacks))
-
-
-def put_rows(array_b: jax.Array, new_r: jax.Array, slot_r: jax.Array, is_valid_r: jax.Array):
-    """[B, ...] with the valid rows of [R, ...] put into their slots."""
-
-    def put(array, new, slot_r, is_valid_r):
+    def put(array, new, lane_r, is_valid_r):
         def put_row(r, array):
-            row = jnp.where(is_valid_r[r], new[r].astype(array.dtype), array[slot_r[r]])
-            return jax.lax.dynamic_update_index_in_dim(array, row, slot_r[r], axis=0)
+            row = jnp.where(is_valid_r[r], new[r].astype(array.dtype), array[lane_r[r]])
+            return jax.lax.dynamic_update_index_in_dim(array, row, lane_r[r], axis=0)
 
         return jax.lax.fori_loop(0, new.shape[0], put_row, array)
 
     part = spec("batch", *[None] * (array_b.ndim - 1))
     in_specs = (part, part, spec("batch"), spec("batch"))
     return jax.shard_map(put, in_specs=in_specs, out_specs=part, check_vma=False)(
-        array_b, new_r, slot_r, is_valid_r
+        array_b, new_r, lane_r, is_valid_r
     )
 
 
