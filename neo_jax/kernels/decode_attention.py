@@ -1,11 +1,13 @@
-"""Attention of one query per row over the cache, as in decoding.
+"""Attention of one query per lane over the blocks of its sequence, as in decoding.
 
-The cache keeps a token's heads side by side, [l, B, S, K * J], so one product of all its keys with
-queries that are zero in the other heads' places gives the scores: more operations than a product
-for each head, but nothing is moved, and reading the cache takes longer still. Values likewise.
+A token's heads lie side by side in the pool, [l, num_blocks, block_size, K * J], so one product of
+all its keys with queries that are zero in the other heads' places gives the scores: more operations
+than a product for each head, but nothing is moved, and reading the keys takes longer still. Values
+likewise.
 
-A store is {"values": that array}, with int8 also {"scale": [l, B, K, S] float32}; see
-`model/kv_cache.py`.
+The pool stays where it is: XLA and the TPU kernel read the blocks that a lane has, a few at a time,
+and put the softmax together as they go. A store is {"values": that array}, with int8 also
+{"scale": [l, num_blocks, K, block_size] float32}; see `model/kv_cache.py`.
 """
 
 import functools
@@ -22,6 +24,7 @@ from neo_jax.kernels.shard_kernel import shard_kernel
 NAME = "decode_attention"
 LANES = 128
 TOKENS = 256  # of a lane that XLA reads at once
+KERNEL_TOKENS = 512  # that the kernel does
 _ROWS_BY_ROWS = (((1,), (1,)), ((), ()))
 _PLAIN = (((1,), (0,)), ((), ()))
 
@@ -48,8 +51,18 @@ def decode_attention(q_b1nj, k, v, layer, block_table_bn, end_b, num_key_heads, 
 
 
 def _on_device(q_b1nj, k, v, layer, block_table_bn, end_b, group, scale, kernel):
-    num_heads = q_b1nj.shape[2], q_b1nj.shape[2] // group
-    return _in_xla(q_b1nj, k, v, layer, block_table_bn, end_b, num_heads, scale)
+    _, _, n, j = q_b1nj.shape
+    num_heads = n, n // group
+    size, width_v = k["values"].shape[2], v["values"].shape[3] // num_heads[1]
+    options = {"num_heads": num_heads, "scale": scale}
+    in_xla = functools.partial(_in_xla, **options)
+    arrays = (q_b1nj, k, v, layer, block_table_bn, end_b)
+    if kernel is None and (j % LANES or width_v % LANES or size % LANES):
+        return in_xla(*arrays)
+    pallas = functools.partial(_pallas, **options)
+    if kernel:
+        in_xla = functools.partial(pallas, is_interpreted=True)
+    return jax.lax.platform_dependent(*arrays, tpu=pallas, default=in_xla)
 
 
 def _in_xla(q_b1nj, k, v, layer, block_table_bn, end_b, num_heads, scale):
@@ -114,39 +127,80 @@ def _is_own_head(num_heads: tuple[int, int]) -> jax.Array:
     return (jnp.arange(n)[:, None] // (n // k) == jnp.arange(k))[..., None]
 
 
-def _kernel(layer_ref, end_ref, *refs, scale, group):
-    *stores, z_ref, max_ref, sum_ref, acc_ref = refs
-    q_ref, k_ref, v_ref, *scales = stores
-    row, number = pl.program_id(0), pl.program_id(1)
-    block = k_ref.shape[0]
+def _kernel(layer_ref, table_ref, end_ref, q_ref, *refs, num_arrays, size, scale, group):
+    """One lane, some blocks at a time, while the next ones are on their way from the pool."""
+    pool, (z_ref, *refs) = refs[:num_arrays], refs[num_arrays:]
+    buffers, (slot_ref, arrived, max_ref, sum_ref, acc_ref) = refs[:num_arrays], refs[num_arrays:]
+    lane, tokens = pl.program_id(0), buffers[0].shape[1]
 
-    @pl.when(number == 0)
-    def _():
-        max_ref[...] = jnp.full_like(max_ref, MASK_VALUE / 2)
-        sum_ref[...] = jnp.zeros_like(sum_ref)
-        acc_ref[...] = jnp.zeros_like(acc_ref)
+    def each_copy(lane, step, slot, act):
+        """`act` on the copy of each block that the lane has in this step, of each array."""
+        for place in range(0, tokens, size):
 
-    @pl.when(number * block < end_ref[row])
-    def _():
-        q = q_ref[...]
-        scores_ns = scale * dot(q, k_ref[...].astype(q.dtype), _ROWS_BY_ROWS)
-        if scales:
-            scores_ns *= _for_queries(scales[0][...], group)
-        key_ns = number * block + jax.lax.broadcasted_iota(jnp.int32, scores_ns.shape, 1)
-        scores_ns = jnp.where(key_ns < end_ref[row], scores_ns, MASK_VALUE)
-        running_max = jnp.maximum(max_ref[...], jnp.max(scores_ns, axis=1, keepdims=True))
-        p_ns = jnp.exp(scores_ns - running_max)
-        rescale = jnp.exp(max_ref[...] - running_max)
-        max_ref[...] = running_max
-        sum_ref[...] = rescale * sum_ref[...] + jnp.sum(p_ns, axis=1, keepdims=True)
-        if scales:
-            p_ns *= _for_queries(scales[1][...], group)
-        v = v_ref[...].astype(q.dtype)
-        acc_ref[...] = rescale * acc_ref[...] + dot(p_ns.astype(q.dtype), v, _PLAIN)
+            @pl.when(step * tokens + place < end_ref[lane])
+            def _(place=place):
+                block = table_ref[lane, (step * tokens + place) // size]
+                for number, (source, buffer) in enumerate(zip(pool, buffers, strict=True)):
+                    here = pl.ds(place, size)
+                    # Values have tokens down, scales across.
+                    target = (slot, here) if number < 2 else (slot, slice(None), here)
+                    act(
+                        pltpu.make_async_copy(
+                            source.at[layer_ref[0], block],
+                            buffer.at[target],
+                            arrived.at[slot, number],
+                        )
+                    )
 
-    @pl.when(number == pl.num_programs(1) - 1)
+    @pl.when(lane == 0)
     def _():
-        z_ref[...] = acc_ref[...] / sum_ref[...]
+        for buffer in buffers:  # what is not read into is still multiplied, by 0
+            buffer[...] = jnp.zeros_like(buffer)
+        slot_ref[0] = 0
+        each_copy(0, 0, 0, lambda copy: copy.start())
+
+    max_ref[...] = jnp.full_like(max_ref, MASK_VALUE / 2)
+    sum_ref[...] = jnp.zeros_like(sum_ref)
+    acc_ref[...] = jnp.zeros_like(acc_ref)
+    steps = jnp.maximum(1, pl.cdiv(end_ref[lane], tokens))
+
+    def step(number, _):
+        slot, is_last = slot_ref[0], number + 1 == steps
+        slot_ref[0] = 1 - slot
+
+        @pl.when(lane + is_last < pl.num_programs(0))
+        def _():
+            following = lane + is_last, jnp.where(is_last, 0, number + 1)
+            each_copy(*following, 1 - slot, lambda copy: copy.start())
+
+        each_copy(lane, number, slot, lambda copy: copy.wait())
+        key = end_ref[lane] - number * tokens
+        _attend(q_ref, [buffer.at[slot] for buffer in buffers], key, scale, group,
+                max_ref, sum_ref, acc_ref)  # fmt: skip
+
+    jax.lax.fori_loop(0, steps, step, None)
+    total = sum_ref[...]
+    z_ref[...] = acc_ref[...] / jnp.where(total == 0, 1, total)
+
+
+def _attend(q_ref, arrays, num_keys, scale, group, max_ref, sum_ref, acc_ref):
+    """Takes the first `num_keys` of these keys into the lane's softmax."""
+    k_ref, v_ref, *scales = arrays
+    q = q_ref[...]
+    scores_ns = scale * dot(q, k_ref[...].astype(q.dtype), _ROWS_BY_ROWS)
+    if scales:
+        scores_ns *= _for_queries(scales[0][...], group)
+    key_ns = jax.lax.broadcasted_iota(jnp.int32, scores_ns.shape, 1)
+    scores_ns = jnp.where(key_ns < num_keys, scores_ns, MASK_VALUE)
+    running_max = jnp.maximum(max_ref[...], jnp.max(scores_ns, axis=1, keepdims=True))
+    p_ns = jnp.exp(scores_ns - running_max)
+    rescale = jnp.exp(max_ref[...] - running_max)
+    max_ref[...] = running_max
+    sum_ref[...] = rescale * sum_ref[...] + jnp.sum(p_ns, axis=1, keepdims=True)
+    if scales:
+        p_ns *= _for_queries(scales[1][...], group)
+    v = v_ref[...].astype(q.dtype)
+    acc_ref[...] = rescale * acc_ref[...] + dot(p_ns.astype(q.dtype), v, _PLAIN)
 
 
 def _for_queries(scale_ks: jax.Array, group: int) -> jax.Array:
@@ -155,52 +209,55 @@ def _for_queries(scale_ks: jax.Array, group: int) -> jax.Array:
     return jnp.broadcast_to(scale_ks[:, None], (k, group, s)).reshape(k * group, s)
 
 
-def _pallas(q_b1nj, k, v, layer, end_b, num_heads, scale, is_interpreted=False):
-    q_bnx = _spread_queries(q_b1nj, num_heads)
-    k_values, v_values = k["values"], v["values"]
+def _pallas(q_b1nj, k, v, layer, block_table_bn, end_b, num_heads, scale, is_interpreted=False):
+    q_bnx, arrays = _spread_queries(q_b1nj, num_heads), [k["values"], v["values"]]
     b, n, width_k = q_bnx.shape
-    length, width_v = v_values.shape[2:]
-    block = next((size for size in BLOCKS if length % size == 0), length)
-
-    def last(number, row, end):
-        """A block behind the row's last one is not read: the last one is asked for again."""
-        return jnp.minimum(number, (end[row] - 1) // block)
-
-    def of_row(row, number, layer, end):
-        return row, 0, 0
-
-    def of_block(row, number, layer, end):
-        return layer[0], row, last(number, row, end), 0
-
-    def of_scale(row, number, layer, end):
-        return layer[0], row, 0, last(number, row, end)
-
-    arrays, specs = [q_bnx, k_values, v_values], [pl.BlockSpec((None, n, width_k), of_row)]
-    specs += [pl.BlockSpec((None, None, block, width), of_block) for width in (width_k, width_v)]
+    size, width_v = arrays[1].shape[2:]
+    tokens = size * max(1, min(KERNEL_TOKENS // size, block_table_bn.shape[1]))
+    shapes = [(2, tokens, width_k), (2, tokens, width_v)]
     if "scale" in k:
         arrays += [k["scale"], v["scale"]]
-        specs += [pl.BlockSpec((None, None, num_heads[1], block), of_scale)] * 2
+        shapes += [(2, num_heads[1], tokens)] * 2
+    buffers = [pltpu.VMEM(shape, array.dtype) for shape, array in zip(shapes, arrays, strict=True)]
+
+    def of_lane(lane, layer, table, end):
+        return lane, 0, 0
+
+    options = {"num_arrays": len(arrays), "size": size, "scale": scale}
+    most = b * block_table_bn.shape[1] * size  # tokens; XLA is told of half of them
     z_bnx = pl.pallas_call(
-        functools.partial(_kernel, scale=scale, group=num_heads[0] // num_heads[1]),
+        functools.partial(_kernel, **options, group=num_heads[0] // num_heads[1]),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
-            grid=(b, length // block),
-            in_specs=specs,
-            out_specs=pl.BlockSpec((None, n, width_v), of_row),
+            num_scalar_prefetch=3,
+            grid=(b,),
+            in_specs=[
+                pl.BlockSpec((None, n, width_k), of_lane),
+                *[pl.BlockSpec(memory_space=pl.ANY)] * len(arrays),
+            ],
+            out_specs=pl.BlockSpec((None, n, width_v), of_lane),
             scratch_shapes=[
+                *buffers,
+                pltpu.SMEM((1,), jnp.int32),
+                pltpu.SemaphoreType.DMA((2, len(arrays))),
                 pltpu.VMEM((n, 1), jnp.float32),
                 pltpu.VMEM((n, 1), jnp.float32),
                 pltpu.VMEM((n, width_v), jnp.float32),
             ],
         ),
         out_shape=jax.ShapeDtypeStruct((b, n, width_v), jnp.float32),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
         cost_estimate=pl.CostEstimate(
-            flops=2 * b * n * length * (width_k + width_v),
-            transcendentals=b * n * length,
-            bytes_accessed=b * length * (width_k + width_v) * k_values.dtype.itemsize,
+            flops=most * n * (width_k + width_v),
+            transcendentals=most * n // 2,
+            bytes_accessed=most // 2 * (width_k + width_v) * arrays[0].dtype.itemsize,
         ),
         name=NAME,
         interpret=is_interpreted,
-    )(jnp.asarray(layer, jnp.int32).reshape(1), end_b.astype(jnp.int32), *arrays)
+    )(
+        jnp.asarray(layer, jnp.int32).reshape(1),
+        block_table_bn.astype(jnp.int32),
+        end_b.astype(jnp.int32),
+        q_bnx,
+        *arrays,
+    )
     return _gather_own_heads(z_bnx, num_heads).astype(q_b1nj.dtype)

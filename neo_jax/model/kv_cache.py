@@ -43,6 +43,7 @@ def empty(c: ModelConfig, params: dict, num_blocks: int, kv_dtype: str, block_si
       params: their stacks of layers say whether those of the pool are stacked (`layer_stack.py`).
       num_blocks: on each device of the batch axes, the null block among them.
     """
+    blocks = num_blocks * batch_rows(jax.sharding.get_abstract_mesh())
 
     def zeros(shape, dtype, which):
         return jnp.zeros(shape, dtype, out_sharding=spec(*_NAMES[which]))

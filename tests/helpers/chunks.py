@@ -1,4 +1,4 @@
-"""Chunks of prompts as `Neo.prefill` takes them, laid out plainly: for tests of the device's side."""
+"""Chunks of prompts laid out as `Neo.prefill` takes them, for tests of the device's side."""
 
 import dataclasses
 

@@ -1,4 +1,6 @@
-"""The jitted programs by hand, without a scheduler: lanes, tables, penalties, chunks side by side."""
+"""The jitted programs driven by hand, without a scheduler."""
+
+import itertools
 
 import jax
 import numpy as np
@@ -110,7 +112,7 @@ def test_a_sequence_goes_on_in_other_blocks_after_it_was_preempted(mesh):
     example = make_example(prompt + wanted[:known], *nothing, neo.tokenizer)
     blocks, stop = [9, 3, 7, 2, 11, 5], len(example.tokens)
     cuts = [0, 5, SIZE, stop - 3, stop]
-    for start, end in zip(cuts[:-1], cuts[1:], strict=True):
+    for start, end in itertools.pairwise(cuts):
         if end == stop:
             run.set_seen(device, 1, wanted[:known])
         chunk = Chunk(example, blocks, start, end, device)
