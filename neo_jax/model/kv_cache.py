@@ -49,10 +49,7 @@ def empty(c: ModelConfig, params: dict, num_blocks: int, kv_dtype: str, block_si
         return jnp.zeros(shape, dtype, out_sharding=spec(*_NAMES[which]))
 
     def store(num_layers: int, width: int) -> Store:
-        heads, blocks = (
-            c.num_key_value_heads,
-            num_blocks * batch_rows(jax.sharding.get_abstract_mesh()),
-        )
+        heads = c.num_key_value_heads
         shape = (num_layers, blocks, block_size, heads * width)
         if kv_dtype == "int8":
             scale = zeros((num_layers, blocks, heads, block_size), jnp.float32, "scale")

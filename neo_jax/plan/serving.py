@@ -1,6 +1,5 @@
 """Plans the two programs of generation: prefill and decode, compiled for a slice."""
 
-import bisect
 import dataclasses
 
 import jax
@@ -9,9 +8,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from neo_jax.batch import RANK
 from neo_jax.errors import InputError
-from neo_jax.infer import buckets, programs, sampling
+from neo_jax.infer import programs, sampling
 from neo_jax.model.kv_cache import STACKS
-from neo_jax.model.prefill import key_sizes
 from neo_jax.model_config import PATCH_CHANNELS, ModelConfig
 from neo_jax.plan import compile_cache, costs, hlo
 from neo_jax.plan.attention_cycles import attention
@@ -20,11 +18,11 @@ from neo_jax.plan.program import Compiled, device_bytes, place
 from neo_jax.plan.result import GIB, MemoryUse, Plan
 from neo_jax.plan.topology import Topology, find_topology
 from neo_jax.plan.training import UNREADABLE, tensor_size
-from neo_jax.plan.work import branches
 from neo_jax.sharding import batch_rows, describe, spec
 from neo_jax.train.metrics import flops_per_batch
 from neo_jax.weights.place import param_target
 
+BLOCK_SIZE = 128  # tokens, on TPUs
 _COPIES = ("copy", "transpose", "copy-start", "concatenate")
 
 
@@ -119,21 +117,26 @@ class _Serving:
     def _state(self, params: dict) -> dict:
         def new(params):
             return programs.new_state(
-                self.model, params, self.slots, self.max_length, self.kv_dtype
+                self.model,
+                params,
+                self.lanes,
+                self.lanes * self.max_blocks + 1,
+                self.max_blocks,
+                self.kv_dtype,
+                BLOCK_SIZE,
             )
 
         return place(jax.eval_shape(new, params), self.mesh)
 
     def _lower(self, program: str, params: dict, state: dict) -> jax.stages.Lowered:
         if program == "decode":
-            return programs.decode.lower(
-                self.model, params, state, self._rows((self.slots,), jnp.bool_)
-            )
-        return programs.prefill.lower(self.model, params, state, self._prompt_rows(), True)
+            block_b = self._rows((self.slots,), jnp.int32)
+            return programs.decode.lower(self.model, params, state, block_b)
+        return programs.prefill.lower(self.model, params, state, self._prompt_rows())
 
     def _prompt_rows(self) -> dict:
-        rows = self.chunk_rows * batch_rows(self.mesh)
-        integers, tokens = jnp.int32, buckets.ROW
+        parts, integers = batch_rows(self.mesh), jnp.int32
+        rows, tokens = self.prefill_rows * parts, self.prefill_rows * BLOCK_SIZE
         wanted = {
             "tokens": ((tokens,), integers),
             "segments": ((tokens,), integers),
@@ -144,15 +147,16 @@ class _Serving:
         }
         assert wanted.keys() <= RANK.keys()
         settings = sampling.row_settings([])
+        names = ("block_r", "start_r", "first_key_r", "lane_r", "index_r")
         return {
             "batch": {
-                name: self._rows((rows, *shape), kind) for name, (shape, kind) in wanted.items()
+                name: self._rows((parts, *shape), kind) for name, (shape, kind) in wanted.items()
             },
-            "slot_r": self._rows((rows,), integers),
-            "start_r": self._rows((rows,), integers),
-            "end_rt": self._rows((rows, tokens), integers),
+            **{name: self._rows((rows,), integers) for name in names},
+            "end_dt": self._rows((parts, tokens), integers),
+            "context_blocks_dc": self._rows((parts, 0), integers),
             "is_last_r": self._rows((rows,), jnp.bool_),
-            "seen_rv": self._rows((rows, self.model.vocab_size), jnp.bool_),
+            "block_table_rn": self._rows((rows, self.max_blocks), integers),
             "settings": {key: self._rows((rows,), one.dtype) for key, one in settings.items()},
         }
 
@@ -161,12 +165,21 @@ class _Serving:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, partition))
 
     @property
-    def chunk_rows(self) -> int:
-        return buckets.bucket_for(buckets.rows_for(self.prefill), True).rows
+    def lanes(self) -> int:
+        """On each device of the batch axes."""
+        return self.slots // batch_rows(self.mesh)
+
+    @property
+    def max_blocks(self) -> int:
+        return -(-self.max_length // BLOCK_SIZE)
+
+    @property
+    def prefill_rows(self) -> int:
+        return -(-self.prefill // BLOCK_SIZE)
 
     def _memory(self, made: Compiled, params: dict, state: dict) -> MemoryUse:
-        kept = {name: state[name] for name in STACKS if name in state}
-        rest = {name: state[name] for name in state if name not in kept}
+        kept = state["pool"]
+        rest = {name: state[name] for name in state if name != "pool"}
         kinds = {
             "parameters": device_bytes(params),
             "keys and values": device_bytes(kept),
@@ -184,9 +197,7 @@ class _Serving:
     def _with_costs(self, plan: Plan, made: Compiled, params: dict, state: dict) -> Plan:
         chip, parts = self.slice_.chip, batch_rows(self.mesh)
         counted = attention(chip, self.model, (), 1, tensor_size(self.mesh))
-        totals = costs.read(
-            made.text, self.slice_, self.mesh, counted.work, branches=self._shares_of_sizes
-        )
+        totals = costs.read(made.text, self.slice_, self.mesh, counted.work)
         times = costs.times(totals, chip)
         copies = kv_copies(made.text, self.layer_bytes(state))
         notes = {"copies as large as a layer's keys": len(copies), "they are": copies[:5]}
@@ -220,20 +231,9 @@ class _Serving:
             warnings=tuple(f"gathered whole: {what}" for what in made.rematerialized),
         )
 
-    def _shares_of_sizes(self, one: hlo.Instruction) -> list[float] | None:
-        """How many rows of one prompt need which number of keys; padding takes the fewest."""
-        sizes = key_sizes(self.chunk_rows, buckets.ROW)
-        # Of two branches, as other conditionals have, programs do not keep the order.
-        if "/attention/" not in one.op_name or len(branches(one)) != len(sizes) or len(sizes) < 3:
-            return None
-        needed = [buckets.ROW * (row + 1) for row in range(buckets.rows_for(self.prefill))]
-        taken = [bisect.bisect_left(sizes, keys) for keys in needed]
-        taken += [0] * (self.chunk_rows - len(taken))
-        return [taken.count(size) / self.chunk_rows for size in range(len(sizes))]
-
     def layer_bytes(self, state: dict) -> int:
         """Of one layer's values on a device: the smallest array that is as large as a cache."""
-        leaf = min(jax.tree.leaves(state[STACKS[1]]["v"]), key=lambda leaf: -leaf.ndim)
+        leaf = min(jax.tree.leaves(state["pool"][STACKS[1]]["v"]), key=lambda leaf: -leaf.ndim)
         return device_bytes(leaf) // leaf.shape[0]
 
 
