@@ -253,7 +253,7 @@ class Scheduler:
             found = [(d, blocks) for d, blocks in found if manager.has_room(sequence, d, blocks)]
             if not found:
                 break
-            place = self._choose_place(plan, sequence, found, bool(passed), beside)
+            place = self._choose_place(plan, sequence, found, passed, beside)
             if place is None:
                 passed += 1
                 continue
@@ -264,8 +264,11 @@ class Scheduler:
             self._extend(plan, sequence)
         return False
 
-    def _choose_place(self, plan, sequence, found, is_short, beside):
-        """The (device, cached blocks) with the longest prefix, then the most available blocks."""
+    def _choose_place(self, plan, sequence, found, passed, beside):
+        """The (device, cached blocks) with the longest prefix, then the most available blocks.
+
+        None if it lacks rows there. Who passes others is short, or finds a device without chunks.
+        """
         longest = max(len(blocks) for _, blocks in found)
         found = [(device, blocks) for device, blocks in found if len(blocks) == longest]
         found.sort(key=lambda place: -self._manager.pools[place[0]].num_available)
@@ -273,7 +276,8 @@ class Scheduler:
         for device, blocks in found:
             if beside and device != beside.device:
                 continue
-            stop = plan.find_stop(sequence, start, device, is_short or beside is not None)
+            is_short = beside is not None or (passed and not plan.is_first(device))
+            stop = plan.find_stop(sequence, start, device, is_short)
             if stop and not (beside and not plan.leaves_room(sequence, start, stop, beside)):
                 return device, blocks
         return None

@@ -27,7 +27,8 @@ class Sequence:
       number: of its arrival, unique; the smallest goes first.
       prefix_ids: [L] int64, the token, or for a visual token a number made of its whole image and
         its index. Equal prefixes have equal keys and values.
-      is_image: [L] bool, visual tokens. Neighbours belong to one image.
+      is_image: [L] bool, visual tokens. Neighbours belong to one image; `images` has the
+        (start, stop) of each.
       max_new_tokens: 1 or more.
       request: whatever the engine attaches.
       output_ids: sampled tokens that the host knows.
@@ -63,7 +64,7 @@ class Sequence:
         self.num_registered = 0  # of its blocks, those that were offered to the prefix cache
         self.parked_at: bytes | None = None  # the hash of a block that it waits for
         edges = np.flatnonzero(np.diff(self.is_image, prepend=False, append=False)).tolist()
-        self.image_starts, self.image_stops = edges[::2], edges[1::2]
+        self.images = list(zip(edges[::2], edges[1::2], strict=True))
 
     @property
     def num_tokens(self) -> int:
@@ -78,10 +79,9 @@ class Sequence:
 
     def image_at(self, place: int) -> tuple[int, int] | None:
         """Start and stop of the image that would be cut in two before token `place`."""
-        index = bisect.bisect_left(self.image_starts, place) - 1
-        if index < 0 or place >= self.image_stops[index]:
-            return None
-        return self.image_starts[index], self.image_stops[index]
+        index = bisect.bisect_left(self.images, (place,)) - 1
+        is_cut = index >= 0 and place < self.images[index][1]
+        return self.images[index] if is_cut else None
 
     def hash_blocks(self, block_size: int) -> None:
         """Extends `block_hashes` to all full blocks of known tokens."""
