@@ -1,0 +1,320 @@
+"""What the scheduler promises of blocks: shared prefixes, preemption, cancellation, failure."""
+
+import pytest
+
+from helpers.scheduler_model import (
+    chunks,
+    expected_answer,
+    make_sequence,
+    new_model,
+    numbers,
+    run,
+    text,
+)
+from neo_jax.infer.scheduler import Status
+
+SHARED = list(range(1, 15))  # 14 tokens: three full blocks
+IMAGE = list(range(-30, 0))
+
+
+def question(number, new=3, prefix=SHARED):
+    return make_sequence(number, [*prefix, 100 + number], new)
+
+
+# Prefixes.
+
+
+def test_a_prefix_of_a_finished_sequence_is_found():
+    model = new_model()
+    run(model, question(0))
+    later = question(1)
+    assert chunks(run(model, later)[0]) == [(1, 12, 15)]
+    assert later.num_cached_tokens == 12
+    assert model.scheduler.stats().prefix_hit_tokens == 12
+
+
+def test_an_answer_is_found_as_a_part_of_the_next_prompt():
+    model, first = new_model(), text(0, 6, new=30)
+    run(model, first)
+    ids = [*first.prefix_ids, *first.output_ids, 77]
+    again = make_sequence(1, ids, 1)
+    run(model, again)
+    # The last token was sampled, but never fed.
+    assert again.num_cached_tokens == (len(ids) - 2) // 4 * 4
+
+
+def test_a_prefix_under_way_is_shared_by_reference():
+    model, sequences = new_model(), [question(i, new=9) for i in range(3)]
+    model.add(*sequences)
+    model.step()
+    assert numbers(model.started) == [0]  # the others wait for what it computes
+    model.step()
+    assert numbers(model.started) == [0, 1, 2]
+    assert len({tuple(s.blocks[:3]) for s in sequences}) == 1
+    assert model.scheduler.stats().blocks_used == 3 + 3 * 1
+    model.run()
+
+
+def test_who_waits_for_a_prefix_does_not_wait_for_the_rest():
+    model = new_model()
+    long = make_sequence(0, [*SHARED, *range(1000, 1050)], 1)
+    model.add(long, question(1))
+    model.step()
+    assert [chunks(step) for step in model.steps] == [[(0, 0, 16)]]
+    assert chunks(model.step()) == [(1, 12, 15), (0, 16, 28)]
+    model.run()
+
+
+def test_others_go_first_while_a_sequence_waits_for_a_prefix():
+    model = new_model(prefill_budget=32)
+    run(model, question(0), question(1), text(2, 4))
+    assert numbers(model.started) == [0, 2, 1]
+
+
+def test_the_holder_of_a_prefix_may_be_cancelled():
+    model = new_model()
+    holder, other = make_sequence(0, [*SHARED, *range(1000, 1050)], 1), question(1)
+    model.add(holder, other)
+    model.step(between=lambda: model.scheduler.cancel(holder))
+    model.run()
+    assert other.output_ids == expected_answer(other)
+
+
+def test_a_device_without_a_free_lane_is_not_waited_for():
+    model, sequences = new_model(devices=2, lanes=1), [question(i, new=30) for i in range(2)]
+    model.add(*sequences)
+    model.step()
+    assert [s.device for s in sequences] == [0, 1]
+    model.run()
+
+
+def test_the_device_with_the_longest_prefix_is_chosen():
+    model, first = new_model(devices=2), text(0, 12)
+    run(model, first, question(1))
+    filler, later = text(2, 40, new=40), question(3)
+    model.add(filler)
+    model.step()
+    run(model, later)
+    assert later.num_cached_tokens == 12
+
+
+def test_a_prefix_that_ends_inside_an_image_is_used():
+    model = new_model()
+    ids = [1, 2, *IMAGE]
+    run(model, make_sequence(0, [*ids, 3, 4, 5], 1, [(2, 32)]))
+    again = make_sequence(1, ids, 1, [(2, 32)])
+    # The image is not cut: its last tokens see those that are cached.
+    assert chunks(run(model, again)[0]) == [(1, 28, 32)]
+
+
+def test_another_image_has_other_keys():
+    model = new_model()
+    run(model, make_sequence(0, [1, 2, *IMAGE, 3], 1, [(2, 32)]))
+    other = make_sequence(1, [1, 2, *(i - 100 for i in IMAGE), 3], 1, [(2, 32)])
+    run(model, other)
+    assert other.num_cached_tokens == 0
+
+
+def test_the_whole_prompt_is_never_cached():
+    model = new_model()
+    run(model, text(0, 12, new=1))
+    again = make_sequence(1, text(0, 12).prefix_ids, 1)
+    run(model, again)
+    assert again.num_cached_tokens == 8
+
+
+def test_cached_blocks_are_given_away_least_recently_used_first():
+    model = new_model(num_blocks=13)
+    run(model, *[text(i, 16, new=1) for i in range(3)])
+    run(model, make_sequence(3, text(0, 16).prefix_ids, 1))  # used again
+    run(model, text(4, 16, new=1))
+    hits = []
+    for number in (0, 2, 1):
+        again = make_sequence(10 + number, text(number, 16).prefix_ids, 1)
+        run(model, again)
+        hits.append(again.num_cached_tokens)
+    assert hits == [12, 12, 0]
+
+
+def test_prefixes_may_be_left_alone():
+    model = new_model(reuse_prefixes=False)
+    sequences = [question(i) for i in range(3)]
+    run(model, *sequences)
+    assert [s.num_cached_tokens for s in sequences] == [0, 0, 0]
+    assert model.scheduler.stats().blocks_cached == 0
+
+
+# Preemption.
+
+
+def test_the_youngest_is_preempted_and_answers_the_same():
+    model = new_model(num_blocks=12)
+    sequences = [text(i, 4, new=24) for i in range(3)]
+    run(model, *sequences)
+    assert sequences[0].num_preemptions == 0
+    assert sequences[2].num_preemptions > 0
+    stats = model.scheduler.stats()
+    assert stats.preemptions == sum(s.num_preemptions for s in sequences)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_a_preempted_sequence_is_prefilled_with_its_outputs(depth):
+    model = new_model(num_blocks=10, depth=depth, reuse_prefixes=False)
+    first, second = text(0, 8, new=20), text(1, 8, new=20)
+    steps = run(model, first, second)
+    again = [p for step in steps for p in step.prefills if p.sequence is second][1]
+    assert again.start == 0 and 8 < again.stop <= 16
+    assert (model.num_drains > 0) == (depth > 0)
+
+
+def test_a_preempted_sequence_finds_its_own_blocks():
+    model = new_model(num_blocks=10)
+    first, second = text(0, 8, new=20), text(1, 8, new=20)
+    steps = run(model, first, second)
+    again = [p for step in steps for p in step.prefills if p.sequence is second][1]
+    assert again.start > 0
+    assert second.num_cached_tokens == 0  # those of its first run
+
+
+def test_nobody_is_preempted_with_tokens_in_flight():
+    model, second = new_model(num_blocks=10, depth=2), text(1, 8, new=20)
+    model.add(text(0, 8, new=20), second)
+    while not model.num_drains:
+        step = model.step()  # lands all that is in flight if the step is empty
+    assert not step and not second.num_preemptions
+    assert model.step() and not model.scheduler.must_drain
+    assert second.num_preemptions == 1
+
+
+def test_a_preempted_sequence_comes_back_before_younger_ones():
+    model = new_model(num_blocks=10)
+    first, second, third = text(0, 8, new=20), text(1, 8, new=20), text(2, 4, new=2)
+    model.add(first, second)
+    while not second.num_preemptions:
+        model.step()
+    model.add(third)
+    model.run()
+    assert second.output_ids == expected_answer(second)
+    order = [p.sequence.number for step in model.steps for p in step.prefills]
+    assert order.index(2) > len(order) - 1 - order[::-1].index(1)
+
+
+# Cancellation.
+
+
+def cancelled(model, sequence):
+    model.scheduler.cancel(sequence)
+    assert sequence.status is Status.FINISHED
+    model.run()
+    assert model.scheduler.stats().blocks_used == 0
+
+
+def test_waiting_sequences_are_cancelled():
+    model, sequence = new_model(), text(0, 8)
+    model.add(sequence)
+    cancelled(model, sequence)
+    assert model.steps == []
+
+
+def test_sequences_that_wait_for_a_prefix_are_cancelled():
+    model, first, second = new_model(), question(0), question(1)
+    model.add(first, second)
+    model.step()
+    assert model.scheduler.stats().waiting == 1
+    cancelled(model, second)
+    assert model.scheduler.stats().waiting == 0
+
+
+def test_sequences_between_two_chunks_are_cancelled():
+    model, sequence = new_model(), text(0, 30)
+    model.add(sequence)
+    model.step()
+    cancelled(model, sequence)
+    assert len(model.steps) == 1
+
+
+def test_decoding_sequences_are_cancelled_with_tokens_in_flight():
+    model, sequence = new_model(depth=2), text(0, 5, new=30)
+    model.add(sequence)
+    for _ in range(4):
+        model.step()
+    assert sequence.num_in_flight == 2
+    known = list(sequence.output_ids)
+    cancelled(model, sequence)
+    assert (sequence.output_ids, sequence.num_in_flight) == (known, 0)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 3])
+def test_scheduled_sequences_are_cancelled_when_their_step_is_committed(steps):
+    model, sequence = new_model(), text(0, 20, new=30)
+    model.add(sequence, text(1, 4))
+    for _ in range(steps):
+        model.step()
+
+    def cancel():
+        model.scheduler.cancel(sequence)
+        assert sequence.blocks  # the runner still needs them
+
+    model.step(between=cancel)
+    assert sequence.blocks == []
+    cancelled(model, sequence)
+
+
+def test_preempted_sequences_are_cancelled():
+    model = new_model(num_blocks=10)
+    first, second = text(0, 8, new=20), text(1, 8, new=20)
+    model.add(first, second)
+    while not second.num_preemptions:
+        model.step()
+    cancelled(model, second)
+    assert first.output_ids == expected_answer(first)
+
+
+def test_finished_sequences_may_be_cancelled_again():
+    model, sequence = new_model(), text(0, 8)
+    run(model, sequence)
+    cancelled(model, sequence)
+
+
+# Commit and failure.
+
+
+def test_nothing_is_found_before_its_step_is_committed():
+    scheduler, first = new_model().scheduler, question(0)
+    scheduler.add(first)
+    assert scheduler.schedule()
+    assert (first.num_computed_tokens, first.num_in_flight, first.is_prefilled) == (0, 0, False)
+    assert scheduler.stats().blocks_used == 4
+    with pytest.raises(RuntimeError, match="commit the last step"):
+        scheduler.schedule()
+    assert scheduler.reset() == [first]  # as its dispatch has failed
+    assert scheduler.stats().blocks_cached == 0
+    scheduler.add(question(1))
+    assert chunks(scheduler.schedule()) == [(1, 0, 15)]
+
+
+def test_after_a_failure_everything_is_empty_and_goes_on():
+    model = new_model(lanes=2, num_blocks=14)
+    running, waiting = [text(i, 8, new=20) for i in range(2)], [question(i) for i in (2, 3)]
+    model.add(*running, *waiting)
+    for _ in range(4):
+        model.step()
+    assert model.scheduler.reset() == running
+    model.drop_in_flight()
+    stats = model.scheduler.stats()
+    assert (stats.running, stats.waiting, stats.blocks_used, stats.blocks_cached) == (0, 2, 0, 0)
+    assert all(s.status is Status.FINISHED and not s.blocks for s in running)
+    model.scheduler.add(running[1])  # tried again, with the tokens known by then
+    model.run()
+    for sequence in (running[1], *waiting):
+        assert sequence.output_ids == expected_answer(sequence)
+
+
+def test_who_waits_for_a_prefix_survives_a_failure():
+    model, first, second = new_model(), question(0), question(1)
+    model.add(first, second)
+    model.step()
+    assert model.scheduler.reset() == [first]
+    model.drop_in_flight()
+    model.run()
+    assert second.output_ids == expected_answer(second)
