@@ -21,15 +21,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from neo_jax.kernels import cache_blocks
 from neo_jax.model import layer_stack
 from neo_jax.model.layers import in_order
 from neo_jax.model_config import ModelConfig
 from neo_jax.sharding import batch_rows, spec
 
 Pool = dict[str, Any]
-Store = dict[
-    str, Any
-]  # values [l, D * num_blocks, block_size, K * width], and for int8 their scale
+Store = dict[str, Any]  # `values`, and for int8 their `scale`
+Stores = dict[str, Store]  # k and v
+Heads = dict[str, jax.Array]  # the same, new: [B, T, K, width]
 
 STACKS = ("pre_buffer", "post_llm")
 KV_DTYPES = ("bfloat16", "float32", "int8")
@@ -76,11 +77,20 @@ def block_size(pool: Pool) -> int:
 
 
 def write_token(
-    store: Store, new_b1: jax.Array, layer: jax.Array, block_b: jax.Array, place_b: jax.Array
-) -> Store:
-    """Puts one token's [B, 1, K, width] into a layer, at a place of each lane's block."""
+    stores: Stores,
+    new: Heads,
+    layer: jax.Array,
+    block_b: jax.Array,
+    place_b: jax.Array,
+    kernel=None,
+) -> Stores:
+    """Puts one token's [B, 1, K, width] of k and v into a layer, at a place of each lane's block.
 
-    def write(which, old, new, layer, block_b, place_b):
+    Args:
+      kernel: True: the TPU kernel, interpreted where there is no TPU; None: the best.
+    """
+
+    def in_xla(which, old, new, layer, block_b, place_b):
         if len(block_b) == 1:  # XLA does not update in place for a single scatter index
             new, block_b, place_b = (
                 jnp.concatenate([part, part]) for part in (new, block_b, place_b)
@@ -89,21 +99,34 @@ def write_token(
             return old.at[layer, block_b, :, place_b].set(new[..., 0], mode="promise_in_bounds")
         return old.at[layer, block_b, place_b].set(new[:, 0], mode="promise_in_bounds")
 
-    return _written(write, store, new_b1, layer, block_b, place_b)
+    def in_pallas(values, scales, new_values, new_scales, *places, **options):
+        new_values = [new[:, 0] for new in new_values]
+        new_scales = [new[..., 0] for new in new_scales]
+        arrays = values, scales, new_values, new_scales
+        return cache_blocks.write_tokens(*arrays, *places, **options)
+
+    return _written(in_xla, in_pallas, kernel, stores, new, layer, block_b, place_b)
 
 
 def write_rows(
-    store: Store, new_dt: jax.Array, layer: jax.Array, block_r: jax.Array, first_r: jax.Array
-) -> Store:
-    """Puts rows of `block_size` tokens, side by side in [D, T, K, width], into blocks of a layer.
+    stores: Stores,
+    new: Heads,
+    layer: jax.Array,
+    block_r: jax.Array,
+    first_r: jax.Array,
+    kernel=None,
+) -> Stores:
+    """Puts rows of `block_size` tokens of k and v into blocks of a layer.
 
     Args:
+      new: [D, T, K, width] each, rows side by side.
       block_r: [D * T / block_size] the block of each row.
       first_r: the same; places of the block before this one keep the tokens that they have. What
         comes after a sequence's last token is written too, and nobody sees it.
+      kernel: as for `write_token`.
     """
 
-    def write(which, old, new, layer, block_r, first_r):
+    def in_xla(which, old, new, layer, block_r, first_r):
         rows, size = len(block_r), new.shape[2 if which == "scale" else 1] // len(block_r)
         token_t = jnp.arange(size)
         if which == "scale":
@@ -119,24 +142,45 @@ def write_rows(
 
         return jax.lax.fori_loop(0, rows, write_row, old)
 
-    return _written(write, store, new_dt, layer, block_r, first_r)
+    def in_pallas(values, scales, new_values, new_scales, *places, **options):
+        new_values, new_scales = ([new[0] for new in many] for many in (new_values, new_scales))
+        arrays = values, scales, new_values, new_scales
+        return cache_blocks.write_rows(*arrays, *places, **options)
+
+    return _written(in_xla, in_pallas, kernel, stores, new, layer, block_r, first_r)
 
 
 def gather_blocks(
-    store: Store, layer: jax.Array, blocks_c: jax.Array, num_heads: int, dtype: str
+    store: Store, layer: jax.Array, blocks_c: jax.Array, num_heads: int, dtype: str, kernel=None
 ) -> jax.Array:
     """[1, C * block_size, K, width] of one layer's blocks, side by side. For use inside shard_map,
-    where K is `num_heads`."""
+    where K is `num_heads`; `kernel`: as for `write_token`."""
 
-    def blocks(array):
-        return in_order(array.at[layer, blocks_c].get(mode="promise_in_bounds"))
+    def in_xla(store, layer, blocks_c):
+        found = jax.tree.map(
+            lambda array: in_order(array.at[layer, blocks_c].get(mode="promise_in_bounds")), store
+        )
+        c, size, _ = found["values"].shape
+        values = found["values"].reshape(c, size, num_heads, -1)
+        if "scale" in found:
+            values = values * found["scale"].swapaxes(1, 2)[..., None]
+        return values.astype(dtype).reshape(1, c * size, num_heads, -1)
 
-    found = jax.tree.map(blocks, store)
-    c, size, _ = found["values"].shape
-    values = found["values"].reshape(c, size, num_heads, -1)
-    if "scale" in found:
-        values = values * found["scale"].swapaxes(1, 2)[..., None]
-    return values.astype(dtype).reshape(1, c * size, num_heads, -1)
+    def in_pallas(store, layer, blocks_c, **options):
+        arrays = store["values"], store["scale"], layer, blocks_c
+        found = cache_blocks.read_int8(*arrays, dtype, **options)
+        return found.reshape(1, len(found), num_heads, -1)
+
+    arrays = (store, jnp.asarray(layer), blocks_c)
+    if "scale" not in store or not (kernel or cache_blocks.fits([store["values"]])):
+        return in_xla(*arrays)
+    return _choose(kernel, in_xla, in_pallas)(*arrays)
+
+
+def _choose(kernel, in_xla, in_pallas):
+    if kernel:
+        in_xla = functools.partial(in_pallas, is_interpreted=True)
+    return lambda *arrays: jax.lax.platform_dependent(*arrays, tpu=in_pallas, default=in_xla)
 
 
 def put_rows(array_b: jax.Array, new_r: jax.Array, lane_r: jax.Array, is_valid_r: jax.Array):
@@ -169,18 +213,48 @@ def partition(stores: Any) -> Any:
     return jax.tree_util.tree_map_with_path(split, stores)
 
 
-def _written(write, store: Store, new: jax.Array, *arguments: jax.Array) -> Store:
-    """`write(which, array, new, *arguments)` of each array of a store, on each device's part."""
+def _written(in_xla, in_pallas, kernel, stores: Stores, new: Heads, *arguments: jax.Array):
+    """The stores with something written, on each device's part of them.
 
-    def run(which, old, new):
-        of_old = spec(*_NAMES[which])
-        in_specs = (of_old, P(*of_old[1:]), spec(), *[spec("batch")] * (len(arguments) - 1))
-        local = functools.partial(write, which)
-        local = jax.shard_map(local, in_specs=in_specs, out_specs=of_old, check_vma=False)
-        return local(old, new, *arguments)
+    Args:
+      in_xla: (name of an array, array, new, *arguments) -> array.
+      in_pallas: (values, scales, new values, new scales, *arguments) -> values and scales.
+    """
 
-    encoded = _encoded(new, store)
-    return {which: run(which, store[which], encoded[which]) for which in store}
+    def each(stores, new, *arguments):
+        return {
+            kind: {
+                which: in_xla(which, array, new[kind][which], *arguments)
+                for which, array in store.items()
+            }
+            for kind, store in stores.items()
+        }
+
+    def together(stores, new, *arguments, **options):
+        arrays = [
+            [tree[kind][which] for kind in tree if which in tree[kind]]
+            for tree in (stores, new)
+            for which in ("values", "scale")
+        ]
+        found = iter(in_pallas(*arrays, *arguments, **options))
+        names = [(kind, which) for which in ("values", "scale") for kind in stores]
+        written = {kind: {} for kind in stores}
+        for kind, which in names:
+            if which in stores[kind]:
+                written[kind][which] = next(found)
+        return written
+
+    def local(stores, new, *arguments):
+        if not kernel and not cache_blocks.fits([store["values"] for store in stores.values()]):
+            return each(stores, new, *arguments)
+        return _choose(kernel, each, together)(stores, new, *arguments)
+
+    new = {kind: _encoded(new[kind], store) for kind, store in stores.items()}
+    of_stores = partition(stores)
+    of_new = jax.tree.map(lambda of_array: P(*of_array[1:]), of_stores)
+    in_specs = (of_stores, of_new, spec(), *[spec("batch")] * (len(arguments) - 1))
+    run = jax.shard_map(local, in_specs=in_specs, out_specs=of_stores, check_vma=False)
+    return run(stores, new, jnp.asarray(arguments[0]), *arguments[1:])
 
 
 def _encoded(new_btkw: jax.Array, store: Store) -> Store:

@@ -101,10 +101,8 @@ class Neo(nnx.Module):
 
         def body(block, layer, x_dtd, store):
             def attend(q_dtnj, k_dtkj, v_dtkh):
-                grown = {
-                    which: kv.write_rows(store[which], new, layer, chunks.block_r, chunks.first_r)
-                    for which, new in (("k", k_dtkj), ("v", v_dtkh))
-                }
+                new = {"k": k_dtkj, "v": v_dtkh}
+                grown = kv.write_rows(store, new, layer, chunks.block_r, chunks.first_r)
                 arrays, heads = (q_dtnj, k_dtkj, v_dtkh), c.num_key_value_heads
                 return attend_chunks(*arrays, grown, layer, chunks, heads, SCALE), grown
 
@@ -142,10 +140,8 @@ class Neo(nnx.Module):
 
         def body(block, layer, x_b1d, store):
             def attend(q_b1nj, k_b1kj, v_b1kh):
-                grown = {
-                    which: kv.write_token(store[which], new, layer, block_b, position_b % size)
-                    for which, new in (("k", k_b1kj), ("v", v_b1kh))
-                }
+                new = {"k": k_b1kj, "v": v_b1kh}
+                grown = kv.write_token(store, new, layer, block_b, position_b % size)
                 stores, heads = (grown["k"], grown["v"]), c.num_key_value_heads
                 z_b1nh = decode_attention(q_b1nj, *stores, layer, table_bn, end_b, heads, SCALE)
                 return z_b1nh, grown
