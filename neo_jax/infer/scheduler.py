@@ -145,8 +145,7 @@ class Scheduler:
             self._waiting.wake(self._manager.register(sequence))
         for sequence in step.decodes:
             sequence.num_computed_tokens += 1
-            sequence.num_in_flight += 1
-            self._waiting.wake(self._manager.register(sequence))
+            sequence.num_in_flight += 1  # whose block is registered when its tokens are known
         self._step = Step()
         for sequence in self._cancelled:
             self._stop(sequence, Status.FINISHED)

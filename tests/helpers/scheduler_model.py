@@ -13,6 +13,7 @@ from neo_jax.infer.sequence import num_rows
 
 VOCABULARY = 50
 STOP_TOKEN = 0
+SHARED = list(range(1, 15))  # with blocks of 4 tokens three full ones
 
 
 def make_sequence(number, ids, max_new_tokens=4, images=()):
@@ -210,3 +211,8 @@ def run(model, *sequences):
 
 def numbers(sequences):
     return [sequence.number for sequence in sequences]
+
+
+def question(number, new=3):
+    """A prompt that shares a prefix with those of other numbers."""
+    return make_sequence(number, [*SHARED, 100 + number], new)

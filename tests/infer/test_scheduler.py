@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.scheduler_model import chunks, make_sequence, new_model, numbers, run, text
+from helpers.scheduler_model import chunks, make_sequence, new_model, numbers, question, run, text
 from neo_jax.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -94,7 +94,7 @@ def test_lanes_limit_what_runs():
 
 
 def test_admission_leaves_blocks_to_grow():
-    model = new_model(num_blocks=8)
+    model = new_model(num_blocks=8, prefill_budget=32)
     model.add(*[text(i, 8, new=5) for i in range(3)])
     model.step()
     # Of 7 blocks, 4 are taken: two more would leave one for two that run.
@@ -134,6 +134,25 @@ def test_a_short_prompt_goes_beside_a_long_one():
         [(0, 24, 40)],
     ]
     assert numbers(model.started) == [0, 2, 3, 1]
+
+
+def test_only_short_prompts_pass_one_that_waits_for_rows():
+    model = new_model(prefill_budget=32)
+    steps = run(model, text(0, 20), text(1, 40), text(2, 12), text(3, 8))
+    assert [chunks(step) for step in steps[:2]] == [
+        [(0, 0, 20), (3, 0, 8)],
+        [(1, 0, 32)],
+    ]
+
+
+def test_one_that_waits_for_rows_is_passed_on_a_device_without_chunks():
+    model = new_model(devices=2)
+    run(model, question(0))
+    first, again, third = text(1, 5), question(2), text(3, 12)
+    steps = run(model, first, again, third)
+    # A fresh step suits the first, so the second waits; rows of the other device would be empty.
+    assert [chunks(step) for step in steps[:2]] == [[(1, 0, 5), (3, 0, 12)], [(2, 12, 15)]]
+    assert numbers(model.started) == [0, 1, 3, 2]
 
 
 def test_a_long_prompt_is_not_cut_for_a_short_one_if_it_ends():
