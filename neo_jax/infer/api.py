@@ -1,11 +1,11 @@
 """A loaded model: configuration, parameters and tokenizer, and what one asks of them."""
 
+import contextlib
 import dataclasses
 import difflib
 import functools
 import os
 import threading
-import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -180,7 +180,17 @@ class Pipeline:
         Requests are taken from the iterable as they are needed, by a thread of its own. Closing the
         iterator cancels what is unfinished.
         """
-        return stream_results(self.engine(**engine_options), requests)
+        self.engine(**engine_options)  # so that what is wrong with them is said now
+        return self._serve(requests, engine_options)
+
+    def _serve(
+        self, requests: Iterable[Request], engine_options: dict
+    ) -> Iterator[tuple[int, Result]]:
+        with contextlib.ExitStack() as held:
+            with self._lock:  # the engine may have been replaced, and stays from here on
+                engine = self.engine(**engine_options)
+                held.enter_context(engine.iterator())
+            yield from stream_results(engine, requests)
 
     def engine(self, **options: Any) -> Engine:
         """An engine with these options (see `Engine`). The last one is kept, with its cache.
@@ -189,7 +199,7 @@ class Pipeline:
           InputError: when it does not fit, or while an engine with other options has work to do.
         """
         with self._lock:
-            if self._engine is None or self._options != options:
+            if not self._has_engine or self._options != options:
                 if self._engine is not None:
                     self._engine.retire()  # first, so that the memory of its pool is free
                     self._engine = None
@@ -198,8 +208,11 @@ class Pipeline:
                     self.config, self.params, self.mesh, self.tokenizer, self._prepare, **options
                 )
                 self._options = options
-                weakref.finalize(self, self._engine.close)  # its thread would keep it alive
             return self._engine
+
+    @property
+    def _has_engine(self) -> bool:
+        return self._engine is not None and not self._engine.is_closed
 
     def _submit(self, request: Request, prepared: Prepared, needed: int) -> RequestHandle:
         """Gives a request to the kept engine if it fits there, or else to a new one."""
@@ -212,7 +225,7 @@ class Pipeline:
             )
         with self._lock:
             engine = self._engine
-            if engine is None or engine.max_length < needed:
+            if not self._has_engine or engine.max_length < needed:
                 engine = self.engine(max_length=min(padded_length(needed), limit))
             return engine.submit(request, lambda _: prepared)
 

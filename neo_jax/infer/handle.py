@@ -4,11 +4,15 @@ Any thread may hold a handle. The engine's thread writes to it; whoever waits is
 """
 
 import asyncio
+import contextlib
+import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 from neo_jax.errors import InputError
 from neo_jax.infer.request import Request, Result
+
+_LOG = logging.getLogger(__name__)
 
 
 class RequestHandle:
@@ -18,7 +22,8 @@ class RequestHandle:
     """
 
     def __init__(self, request: Request, on_cancel: Callable[["RequestHandle"], None]):
-        self.request, self._on_cancel = request, on_cancel
+        self.request = request
+        self._on_cancel: Callable[[RequestHandle], None] | None = on_cancel
         self._text, self._result = "", None
         self._changed = threading.Condition()
         self._listeners: list[Callable[[], None]] = []
@@ -47,11 +52,14 @@ class RequestHandle:
 
         The result then has what was answered so far and the finish reason "cancelled".
         """
-        if not self.is_done:
-            self._on_cancel(self)
+        if on_cancel := self._on_cancel:
+            on_cancel(self)
 
     def add_done_callback(self, callback: Callable[["RequestHandle"], None]) -> None:
-        """Calls `callback(handle)` when the result is there, from the engine's thread, or now."""
+        """Calls `callback(handle)` when the result is there, from the engine's thread, or now.
+
+        It must be brief: the engine waits for it.
+        """
         with self._changed:
             if self._result is None:
                 self._on_done.append(callback)
@@ -76,18 +84,26 @@ class RequestHandle:
 
     async def __aiter__(self) -> AsyncIterator[str]:
         sent, loop, news = 0, asyncio.get_running_loop(), asyncio.Event()
+
+        def wake() -> None:
+            _wake(loop, news)
+
         with self._changed:
-            self._listeners.append(lambda: _wake(loop, news))
-        while True:
-            news.clear()
+            self._listeners.append(wake)
+        try:
+            while True:
+                news.clear()
+                with self._changed:
+                    text, result = self._text, self._result
+                for piece in self._pieces(text, sent, result):
+                    yield piece
+                sent = max(sent, len(text))
+                if result is not None:
+                    return
+                await news.wait()
+        finally:
             with self._changed:
-                text, result = self._text, self._result
-            for piece in self._pieces(text, sent, result):
-                yield piece
-            sent = max(sent, len(text))
-            if result is not None:
-                return
-            await news.wait()
+                self._listeners.remove(wake)
 
     async def aresult(self) -> Result:
         """As `result`, for asyncio."""
@@ -121,10 +137,14 @@ class RequestHandle:
             if self._result is not None:
                 return
             self._text, self._result = result.text, result
+            self._on_cancel = None  # so that a handle which is kept keeps no engine
             self._notify()
             callbacks, self._on_done = self._on_done, []
         for callback in callbacks:
-            callback(self)
+            try:
+                callback(self)
+            except Exception:  # of the caller's: the engine's thread goes on
+                _LOG.exception("a callback of a request failed")
 
     def _notify(self) -> None:
         self._changed.notify_all()
@@ -133,7 +153,7 @@ class RequestHandle:
 
 
 def _wake(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
-    if not loop.is_closed():
+    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits there any more
         loop.call_soon_threadsafe(event.set)
 
 

@@ -36,7 +36,7 @@ class Intake:
         self._waiting: collections.deque[tuple[RequestHandle, Prepare]] = collections.deque()
         self._ready: collections.deque[tuple[RequestHandle, Future]] = collections.deque()
         self._held: dict[RequestHandle, int] = {}  # bytes of each prompt that has not ended
-        self._busy = 0
+        self._busy, self._is_closed = 0, False
 
     @property
     def size(self) -> int:
@@ -62,14 +62,18 @@ class Intake:
         self._begin()
 
     def close(self) -> None:
+        """Begins no more; what is under way is dropped when it is ready."""
         with self._lock:
+            self._is_closed = True
             self._waiting.clear()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+            self._ready.clear()
+        self._threads.shutdown(wait=False)
 
     def _begin(self) -> None:
         with self._lock:
             while (
                 self._waiting
+                and not self._is_closed
                 and self._busy < self._workers
                 and (sum(self._held.values()) < MAX_BYTES or not self._busy + len(self._held))
             ):
@@ -90,8 +94,8 @@ class Intake:
             size = 0
         with self._lock:
             self._busy -= 1
-            if not future.exception():
+            if not self._is_closed:
                 self._held[handle] = size
-            self._ready.append((handle, future))
+                self._ready.append((handle, future))
         self._begin()
         self._on_ready()

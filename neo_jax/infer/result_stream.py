@@ -41,20 +41,19 @@ def stream_results(engine: Engine, requests: Iterable[Request]) -> Iterator[tupl
 
     threading.Thread(target=feed, name="neo-feed", daemon=True).start()
     total, finished = None, 0
-    with engine.iterator():
-        try:
-            while total is None or finished < total:
-                news = done.get()
-                if isinstance(news, tuple):
-                    end, total = news
-                    if end is not _END:
-                        raise end
-                    continue
-                finished += 1
-                room.release()
-                yield under_way.pop(news), news.result()
-        finally:
-            stopped.set()
+    try:
+        while total is None or finished < total:
+            news = done.get()
+            if isinstance(news, tuple):
+                end, total = news
+                if end is not _END:
+                    raise end
+                continue
+            finished += 1
             room.release()
-            for handle in list(under_way):
-                handle.cancel()
+            yield under_way.pop(news), news.result()
+    finally:
+        stopped.set()
+        room.release()
+        for handle in list(under_way):
+            handle.cancel()

@@ -5,7 +5,9 @@ It owns the parameters as inference reads them, and the state that the programs 
 program fails, a new empty state is all it takes to go on.
 """
 
+import contextlib
 import dataclasses
+import gc
 from collections.abc import Iterator
 from collections.abc import Sequence as List
 
@@ -25,16 +27,42 @@ from neo_jax.model_config import ModelConfig
 from neo_jax.sharding import batch_rows, put
 
 
+class ProgramError(Exception):
+    """A program failed, and the state that it was given is lost.
+
+    Attributes:
+      sequences: those that it computed.
+    """
+
+    def __init__(self, sequences: List[Sequence], error: Exception):
+        super().__init__(repr(error))
+        self.sequences = tuple(sequences)
+
+
+@contextlib.contextmanager
+def _program_of(sequences: List[Sequence]) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise ProgramError(sequences, error) from error
+
+
 @dataclasses.dataclass(frozen=True)
 class InFlight:
-    """Sampled tokens that are still on the devices, and their owners."""
+    """A program under way: the tokens that it samples, still on the devices, and their owners."""
 
     tokens: jax.Array
     owners: list[tuple[int, Sequence]]  # place among the tokens, sequence
+    sequences: List[Sequence]  # all that it computes
 
     def read(self) -> Iterator[tuple[int, Sequence]]:
-        """Waits for the tokens."""
-        tokens = np.asarray(self.tokens)
+        """Waits for the tokens.
+
+        Raises:
+          ProgramError: when the program has failed.
+        """
+        with _program_of(self.sequences):
+            tokens = np.asarray(self.tokens)
         return ((int(tokens[place]), sequence) for place, sequence in self.owners)
 
 
@@ -67,33 +95,42 @@ class Runner:
         self._state = self._new_state()
 
     def execute(self, step: Step) -> list[InFlight]:
-        """Orders the programs of a step; returns the tokens that they will have sampled."""
-        sent = [self._prefill(step.prefills)] if step.prefills else []
+        """Dispatches the programs of a step.
+
+        Raises:
+          ProgramError: when one of them fails at once.
+        """
+        sent = []
+        if step.prefills:
+            with _program_of([one.sequence for one in step.prefills]):
+                sent.append(self._prefill(step.prefills))
         if step.decodes:
-            sent.append(self._decode(step.decodes))
+            with _program_of(step.decodes):
+                sent.append(self._decode(step.decodes))
         return sent
 
     def rebuild(self) -> None:
         """A new, empty state after a program that failed has taken the old one with it."""
         self._state = None
-        self._state = self._new_state()
+        gc.collect()  # an error that is about in a cycle of frames may hold the old one
+        self._state = jax.block_until_ready(self._new_state())
 
     def free(self) -> None:
-        """Gives the pool's memory back."""
-        self._state = None
+        """Gives the memory back. Nothing may be executed after that."""
+        self._state = self._params = None
 
     def plan(self) -> list[buckets.PrefillBucket]:
         """The shapes of prefill that `warm` compiles; decoding has one."""
         return self._shapes.all()
 
     def warm(self) -> int:
-        """Compiles every planned program; returns how many."""
-        with jax.set_mesh(self._mesh):
-            for bucket in self.plan():
-                arrays = PrefillArrays(self._devices, bucket, self._pool.block_size)
-                self._run_prefill(arrays, [])
-            self._decode([])
-        return len(self.plan()) + 1
+        """Compiles every planned program; returns how many. Sequences keep what they have."""
+        for bucket in self.plan():
+            arrays = PrefillArrays(self._devices, bucket, self._pool.block_size)
+            self._run_prefill(arrays, [])
+        self._put_seen(0, 0, np.array([], np.int32))
+        jax.block_until_ready(self._decode([]).tokens)
+        return len(self.plan()) + 2
 
     def _new_state(self) -> programs.State:
         pool = self._pool
@@ -112,7 +149,8 @@ class Runner:
             if one.samples:
                 owners.append((last, one.sequence))
                 self._set_seen(one.sequence)
-        return InFlight(self._run_prefill(arrays, owners), owners)
+        sequences = [one.sequence for one in chunks]
+        return InFlight(self._run_prefill(arrays, owners), owners, sequences)
 
     def _run_prefill(self, arrays: PrefillArrays, owners: List[tuple[int, Sequence]]) -> jax.Array:
         """`owners`: rows that end a sequence, so that its next token is sampled."""
@@ -144,7 +182,7 @@ class Runner:
         tokens_b, self._state = programs.decode(
             self._config, self._params, self._state, self._put(block_b)
         )
-        return InFlight(tokens_b, owners)
+        return InFlight(tokens_b, owners, sequences)
 
     def _set_seen(self, sequence: Sequence) -> None:
         """Before a sequence's next token is sampled: which tokens its settings penalise."""
@@ -153,10 +191,15 @@ class Runner:
             return
         prompt = example.tokens if settings.penalize_prompt else ()
         ids = np.unique(np.array([*prompt, *sequence.output_ids], np.int32))
-        padded = np.full(buckets.padded_length(max(1, len(ids))), self._config.vocab_size, np.int32)
+        self._put_seen(sequence.device, sequence.lane, ids)
+
+    def _put_seen(self, device: int, lane: int, ids: np.ndarray) -> None:
+        # Always as many as a sequence can have: one program, which only penalties need.
+        length = min(self._pool.max_length, self._config.vocab_size)
+        padded = np.full(length, self._config.vocab_size, np.int32)
         padded[: len(ids)] = ids
-        device, lane = np.int32(sequence.device), np.int32(sequence.lane)
-        self._state = programs.set_seen(self._state, device, lane, padded)
+        where = np.int32(device), np.int32(lane)
+        self._state = programs.set_seen(self._state, *where, padded)
 
     def _put(self, array: np.ndarray) -> jax.Array:
         return put(array, self._mesh, "batch", *[None] * (array.ndim - 1))
