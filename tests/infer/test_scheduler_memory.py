@@ -193,3 +193,14 @@ def test_a_preempted_sequence_comes_back_before_younger_ones():
     assert second.output_ids == expected_answer(second)
     order = [p.sequence.number for step in model.steps for p in step.prefills]
     assert order.index(2) > len(order) - 1 - order[::-1].index(1)
+
+
+def test_hashes_do_not_depend_on_when_tokens_became_known():
+    ids = list(range(1, 18))
+    whole, grown = make_sequence(0, ids), make_sequence(1, ids[:6])
+    whole.hash_blocks(4)
+    for count in (0, 1, 7, 11):
+        grown.output_ids = ids[6 : 6 + count]
+        grown.hash_blocks(4)
+        assert grown.block_hashes == whole.block_hashes[: grown.num_tokens // 4]
+    assert len(set(whole.block_hashes)) == 4

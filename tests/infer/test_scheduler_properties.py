@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from helpers.scheduler_model import SchedulerModel, expected_answer, make_sequence
 from neo_jax.infer.scheduler import Scheduler, Status
 
-quick = settings(max_examples=120, deadline=None, derandomize=True)
+quick = settings(max_examples=80, deadline=None, derandomize=True)
 
 
 @dataclasses.dataclass(frozen=True)
