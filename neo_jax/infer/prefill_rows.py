@@ -34,6 +34,10 @@ class PrefillRows:
         # The first chunk decides: if it needs no cached keys, nor do those beside it.
         self._is_fresh: bool | None = None
 
+    @property
+    def is_full(self) -> bool:
+        return min(self._rows) >= self._limits.rows
+
     def is_first(self, device: int) -> bool:
         return not self._rows[device]
 

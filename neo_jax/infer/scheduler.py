@@ -242,7 +242,9 @@ class Scheduler:
           beside: admit just one short sequence, beside this long one on its device.
         """
         passed, manager = 0, self._manager
-        while passed < min(_WINDOW, len(self._waiting)) and manager.has_free_lane:
+        while passed < min(_WINDOW, len(self._waiting)):
+            if plan.is_full or not manager.has_free_lane:
+                break
             sequence = self._waiting[passed]
             found = manager.find_prefixes(sequence)
             # Others are computing more of its prefix: it waits until they have.
