@@ -26,6 +26,11 @@ def fits(values: Sequence[jax.Array]) -> bool:
     return not any(array.shape[2] % LANES or array.shape[3] % LANES for array in values)
 
 
+def tile_rows(itemsize: int) -> int:
+    """How many rows of numbers of so many bytes a tile has."""
+    return 32 // itemsize
+
+
 def write_rows(values, scales, new_values, new_scales, layer, block_r, first_r, **options):
     """The arrays with rows of `size` tokens put into blocks of a layer.
 
@@ -90,7 +95,7 @@ def write_tokens(values, scales, new_values, new_scales, layer, block_b, place_b
 
     def window(array):
         """As many tokens as a tile has, of values; of scales a block."""
-        return 32 // array.dtype.itemsize, array.shape[3]
+        return tile_rows(array.dtype.itemsize), array.shape[3]
 
     def of_values(b, layer, block, place, tokens):
         return layer[0], block[b], place[b] // tokens, 0

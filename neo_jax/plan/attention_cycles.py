@@ -19,11 +19,11 @@ from neo_jax.plan.kernel_costs import (
     BLOCK,
     BLOCK_K,
     BLOCK_Q,
+    MOVING,
     PRODUCTS,
-    STACKED,
     STREAMED,
     flops_per_pair,
-    read_bytes,
+    moved_bytes,
 )
 from neo_jax.plan.packing import Row, visited
 from neo_jax.plan.timeline import KernelWork
@@ -65,7 +65,7 @@ def streamed() -> dict[str, dict[str, int]]:
 
 def kernel_name(one: Instruction) -> str | None:
     """Which kernel a call is of: the longest name that it has in it."""
-    where, known = f"{one.name} {one.op_name}", [*PRODUCTS, *STREAMED, *STACKED]
+    where, known = f"{one.name} {one.op_name}", [*PRODUCTS, *STREAMED, *MOVING]
     return max((name for name in known if name in where), key=len, default=None)
 
 
@@ -83,9 +83,9 @@ class Attention:
     def work(self, one: Instruction, where: Computation) -> KernelWork | None:
         """Of a call; of attention the mean over the sampled rows. None for an unknown kernel."""
         name = kernel_name(one) or ""
-        if name in STACKED:
+        if name in MOVING:
             operands = [where.by_name[operand] for operand in one.operands]
-            return KernelWork(read_bytes(one, operands) / self.chip.hbm_bandwidth)
+            return KernelWork(moved_bytes(one, operands) / self.chip.hbm_bandwidth)
         if name in STREAMED:
             return self._streamed(name, one)
         steps = table().get(name, {}).get(self.chip.name)
@@ -121,10 +121,11 @@ class Attention:
             return self._visits(steps.block_q, steps.block_k).mean(axis=0)
         operands = [where.by_name[operand].arrays[0].shape for operand in one.operands]
         queries, keys = [shape[1] for shape in operands if len(shape) == 3][:2]
-        # A row of a prompt takes the smallest power of two of keys: it sees 3/4 in the mean. Its
-        # blocks of queries are smaller than those whose cycles are known.
-        visits = max(1.0, 0.75 * keys / steps.block_k) * queries / steps.block_q
-        return np.array([visits, 0.0])
+        # A chunk of a prompt sees what was before it, and itself up to the diagonal.
+        down, across = queries / steps.block_q, keys / steps.block_k
+        on_diagonal = max(1.0, down)
+        below = down * (across - down) + down * (down - 1) / 2
+        return np.array([max(0.0, below) + on_diagonal, max(0.0, below)])
 
     def _visits(self, block_q: int, block_k: int) -> np.ndarray:
         return np.array([visited(row, block_q, block_k) for row in self.rows], float)
