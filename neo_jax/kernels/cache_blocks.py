@@ -31,6 +31,12 @@ def tile_rows(itemsize: int) -> int:
     return 32 // itemsize
 
 
+def in_hbm(array: jax.Array) -> jax.Array:
+    """Keeps the compiler from moving an array of the cache into fast memory and back, which it does
+    with one that is small enough, such as a short cache's scales."""
+    return pltpu.with_memory_space_constraint(array, pltpu.HBM)
+
+
 def write_rows(values, scales, new_values, new_scales, layer, block_r, first_r, **options):
     """The arrays with rows of `size` tokens put into blocks of a layer.
 
@@ -142,6 +148,7 @@ def _wide(array: jax.Array) -> jax.Array:
 def _call(kernel, scalars, new, of_new, old, of_old, of_out, is_interpreted=False):
     """A step for each of scalars[1]; all arrays of `old` are written in place."""
     layer, block, place = (jnp.asarray(scalar, jnp.int32) for scalar in scalars)
+    old = old if is_interpreted else [in_hbm(array) for array in old]
     moved = (
         2
         * len(block)
@@ -175,6 +182,8 @@ def read_int8(values, scale, layer, blocks_c, dtype, is_interpreted=False):
     """
     heads, size = scale.shape[2:]
     width = values.shape[3]
+    if not is_interpreted:
+        values, scale = in_hbm(values), in_hbm(scale)
 
     def kernel(layer_ref, blocks_ref, values_ref, scale_ref, out_ref):
         scale_sk = scale_ref[...].T

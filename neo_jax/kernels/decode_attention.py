@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from neo_jax.kernels.cache_blocks import in_hbm
 from neo_jax.kernels.dense import MASK_VALUE, product
 from neo_jax.kernels.pallas_forward import dot
 from neo_jax.kernels.shard_kernel import shard_kernel
@@ -223,6 +224,7 @@ def _pallas(q_b1nj, k, v, layer, block_table_bn, end_b, num_heads, scale, is_int
     def of_lane(lane, layer, table, end):
         return lane, 0, 0
 
+    arrays = arrays if is_interpreted else [in_hbm(array) for array in arrays]
     options = {"num_arrays": len(arrays), "size": size, "scale": scale}
     most = b * block_table_bn.shape[1] * size  # tokens; XLA is told of half of them
     z_bnx = pl.pallas_call(
