@@ -11,6 +11,8 @@ from helpers.golden import arrays, load_case
 from neo_jax import Sampling
 from neo_jax.data.example import make_example
 from neo_jax.infer import programs, sampling
+from neo_jax.model.kv_cache import STACKS
+from neo_jax.model.layer_stack import place_for_inference
 from neo_jax.sharding import batch_rows, put
 
 PROMPTS = ("single_image", "multi_image", "text_only")
@@ -28,10 +30,12 @@ class Programs:
 
     def __init__(self, neo, kv_dtype="float32"):
         self.neo, self.mesh, self.devices = neo, neo.mesh, batch_rows(neo.mesh)
+        stacks = {name: neo.params[name] for name in STACKS if name in neo.params}
+        self.params = {**neo.params, **place_for_inference(stacks, neo.mesh)}
         blocks = 1 + LANES * MAX_BLOCKS
         with jax.set_mesh(self.mesh):
             self.state = programs.new_state(
-                neo.config, neo.params, LANES, blocks, MAX_BLOCKS, kv_dtype, SIZE
+                neo.config, self.params, LANES, blocks, MAX_BLOCKS, kv_dtype, SIZE
             )
 
     def prefill(self, chunks, rows, context, lanes, index, settings, samples=True):
@@ -47,16 +51,14 @@ class Programs:
         arrays |= {"block_table_rn": tables, "settings": sampling.row_settings(given)}
         rows = where | {"batch": batch} | jax.tree.map(lambda a: on(self.mesh, a), arrays)
         with jax.set_mesh(self.mesh):
-            tokens, self.state = programs.prefill(
-                self.neo.config, self.neo.params, self.state, rows
-            )
+            tokens, self.state = programs.prefill(self.neo.config, self.params, self.state, rows)
         return [int(np.asarray(tokens)[row]) for row in last]
 
     def decode(self, blocks):
         """`blocks`: of each global lane, 0 where it is not active."""
         with jax.set_mesh(self.mesh):
             tokens, self.state = programs.decode(
-                self.neo.config, self.neo.params, self.state, on(self.mesh, np.int32(blocks))
+                self.neo.config, self.params, self.state, on(self.mesh, np.int32(blocks))
             )
         return np.asarray(tokens)
 
