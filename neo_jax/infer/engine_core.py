@@ -252,8 +252,11 @@ class EngineCore:
         handles = self.requests.refuse(failure) if failure else self.requests.refuse()
         self._intake.close()
         self._in_flight.clear()
+        entries = [entry for handle in handles if (entry := self.requests.find(handle))]
         with contextlib.suppress(Exception):  # where it is the scheduler that has failed
             self._scheduler.reset()
+            for entry in entries:
+                self._scheduler.cancel(entry.sequence)
         self._runner.free()
         for handle in handles:
             self._finish(handle, "error" if failure else "cancelled", failure)

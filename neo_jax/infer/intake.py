@@ -42,7 +42,8 @@ class Intake:
     def size(self) -> int:
         """Requests that the scheduler has not seen."""
         with self._lock:
-            return len(self._waiting) + self._busy + len(self._ready)
+            busy = 0 if self._is_closed else self._busy
+            return len(self._waiting) + busy + len(self._ready)
 
     def put(self, handle: RequestHandle, prepare: Prepare | None = None) -> None:
         with self._lock:
