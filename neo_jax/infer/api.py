@@ -1,10 +1,11 @@
 """A loaded model: configuration, parameters and tokenizer, and what one asks of them."""
 
+import contextlib
 import dataclasses
 import difflib
 import functools
 import os
-import weakref
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from neo_jax.data.video import VideoSource
 from neo_jax.errors import InputError
 from neo_jax.infer import analysis
 from neo_jax.infer.buckets import padded_length
-from neo_jax.infer.engine import Engine, Event
-from neo_jax.infer.prepare import Preparer
+from neo_jax.infer.engine import Engine
+from neo_jax.infer.handle import RequestHandle
+from neo_jax.infer.prepare import Prepared, Preparer
 from neo_jax.infer.request import Request, Result
+from neo_jax.infer.result_stream import stream_results
 from neo_jax.infer.sampling import Sampling
 from neo_jax.model_config import ModelConfig
 from neo_jax.sharding import MESH_AXES, make_mesh
@@ -36,8 +39,11 @@ class Pipeline:
     params: dict
     tokenizer: NeoTokenizer
     mesh: Mesh
-    _kept: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)
-    _stream: weakref.ref | None = dataclasses.field(default=None, repr=False, compare=False)
+    _engine: Engine | None = dataclasses.field(default=None, repr=False, compare=False)
+    _options: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    _lock: threading.RLock = dataclasses.field(
+        default_factory=threading.RLock, repr=False, compare=False
+    )
 
     @functools.cached_property
     def _prepare(self) -> Preparer:
@@ -127,14 +133,15 @@ class Pipeline:
           history: earlier (question, answer) turns; their marks take the first images.
           system: system prompt.
           min_pixels, max_pixels: area of each resized image; default: the checkpoint's.
-          stream: yield the answer in pieces instead; the next call ends it if it is unfinished.
+          stream: yield the answer in pieces instead. Closing the iterator cancels the answer.
           **sampling: fields of `Sampling`: max_new_tokens, temperature (0: greedy), top_k, top_p,
             repetition_penalty, seed, stop and so on.
 
         Raises:
           InputError: for an unreadable picture, marks that do not match the pictures, a setting
-            out of range, a prompt that with its answer exceeds the model's context, or while the
-            engine answers the requests of a `serve` that is neither finished nor closed.
+            out of range, or a prompt that with its answer exceeds the model's context.
+
+        May be called from many threads at once, as `generate` and `serve`.
         """
         if images is None or isinstance(images, ImageSource):
             images = () if images is None else (images,)
@@ -151,8 +158,9 @@ class Pipeline:
         )
         # Prepared here, so that what is wrong with it is said before the first piece.
         prepared = self._prepare(request)
-        engine = self._engine_for(len(prepared.prefix_ids), request.sampling.max_new_tokens)
-        pieces = self._pieces(engine.events([request], lambda _: prepared), request)
+        needed = len(prepared.prefix_ids) + request.sampling.max_new_tokens
+        handle = self._submit(request, prepared, needed)
+        pieces = _pieces(handle)
         return pieces if stream else "".join(pieces)
 
     def generate(self, requests: Iterable[Request], **engine_options: Any) -> list[Result]:
@@ -169,58 +177,65 @@ class Pipeline:
     ) -> Iterator[tuple[int, Result]]:
         """As `generate`, but yields (number of the request, result) as they finish.
 
-        Requests are taken from the iterable as they are needed. Until all are answered, or the
-        iterator is closed, the engine takes no others.
+        Requests are taken from the iterable as they are needed, by a thread of its own. Closing the
+        iterator cancels what is unfinished.
         """
-        engine = self.engine(**engine_options)
-        self._end_stream()
-        return engine.run(requests)
+        self.engine(**engine_options)  # so that what is wrong with them is said now
+        return self._serve(requests, engine_options)
+
+    def _serve(
+        self, requests: Iterable[Request], engine_options: dict
+    ) -> Iterator[tuple[int, Result]]:
+        with contextlib.ExitStack() as held:
+            with self._lock:  # the engine may have been replaced, and stays from here on
+                engine = self.engine(**engine_options)
+                held.enter_context(engine.iterator())
+            yield from stream_results(engine, requests)
 
     def engine(self, **options: Any) -> Engine:
-        """An engine with these options (see `Engine`). The last one is kept, with its cache."""
-        if self._kept.get("options") != options:
-            self._end_stream()
-            self._kept.clear()  # first, so that the memory of its cache is free
-            _use_compilation_cache()
-            engine = Engine(
-                self.config, self.params, self.mesh, self.tokenizer, self._prepare, **options
-            )
-            self._kept.update(options=options, engine=engine)
-        return self._kept["engine"]
+        """An engine with these options (see `Engine`). The last one is kept, with its cache.
 
-    def _engine_for(self, prompt_length: int, max_new_tokens: int) -> Engine:
-        """The kept engine if the request fits, or a new one of one slot."""
-        needed, limit = prompt_length + max_new_tokens, self.config.max_position_embeddings
+        Raises:
+          InputError: when it does not fit, or while an engine with other options has work to do.
+        """
+        with self._lock:
+            if not self._has_engine or self._options != options:
+                if self._engine is not None:
+                    self._engine.retire()  # first, so that the memory of its pool is free
+                    self._engine = None
+                _use_compilation_cache()
+                self._engine = Engine(
+                    self.config, self.params, self.mesh, self.tokenizer, self._prepare, **options
+                )
+                self._options = options
+            return self._engine
+
+    @property
+    def _has_engine(self) -> bool:
+        return self._engine is not None and not self._engine.is_closed
+
+    def _submit(self, request: Request, prepared: Prepared, needed: int) -> RequestHandle:
+        """Gives a request to the kept engine if it fits there, or else to a new one."""
+        limit = self.config.max_position_embeddings
         if needed > limit:
+            length, new = len(prepared.prefix_ids), request.sampling.max_new_tokens
             raise InputError(
-                f"the prompt has {prompt_length} tokens; with max_new_tokens={max_new_tokens} that "
-                f"exceeds the model's context of {limit}: lower max_pixels or max_new_tokens"
+                f"the prompt has {length} tokens; with max_new_tokens={new} that exceeds the "
+                f"model's context of {limit}: lower max_pixels or max_new_tokens"
             )
-        if self._kept and self._kept["engine"].max_length >= needed:
-            return self._kept["engine"]
-        return self.engine(slots=1, max_length=min(padded_length(needed), limit))
+        with self._lock:
+            engine = self._engine
+            if not self._has_engine or engine.max_length < needed:
+                engine = self.engine(max_length=min(padded_length(needed), limit))
+            return engine.submit(request, lambda _: prepared)
 
-    def _pieces(self, events: Iterator[Event], request: Request) -> Iterator[str]:
-        """Text of one answer as it comes; the pieces' join is the result's text."""
-        self._end_stream()
-        self._stream = weakref.ref(events)
-        said, result = "", None
-        for _, answer, result in events:
-            if result and result.error:
-                raise InputError(result.error)
-            text = result.text if result else _certain(answer.text, request.sampling.stop)
-            if len(text) > len(said):
-                yield text[len(said) :]
-                said = text
-        if result is None:
-            raise InputError(
-                "a later call has ended this answer: read a stream to its end before the next call"
-            )
 
-    def _end_stream(self) -> None:
-        """Frees the engine of a streamed answer that was left; going on with it is an error."""
-        if self._stream and (events := self._stream()):
-            events.close()
+def _pieces(handle: RequestHandle) -> Iterator[str]:
+    """Text of one answer as it comes. A caller that goes away cancels it."""
+    try:
+        yield from handle
+    finally:
+        handle.cancel()
 
 
 def load(
@@ -262,14 +277,6 @@ def load(
             f"{config.vocab_size} rows: they do not belong together"
         )
     return Pipeline(config, params, tokenizer, jax.tree.leaves(params)[0].sharding.mesh)
-
-
-def _certain(text: str, stops: Sequence[str]) -> str:
-    """What of an answer so far will stay: not an end that may be cut off or stripped."""
-    for stop in stops:
-        held = (size for size in range(len(stop), 0, -1) if text.endswith(stop[:size]))
-        text = text[: len(text) - next(held, 0)]
-    return text.strip()
 
 
 def _sampling(fields: Mapping[str, Any]) -> Sampling:

@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 
 import numpy as np
@@ -41,11 +41,15 @@ class Prepared:
 
 
 class Preparer:
-    """Turns requests into prompts; safe to use from several threads."""
+    """Turns requests into prompts; safe to use from several threads.
 
-    def __init__(self, c: ModelConfig, tokenizer: NeoTokenizer, max_pictures: int = 64):
+    Args:
+      max_bytes: of the latest pictures, which are kept for requests that ask of them again.
+    """
+
+    def __init__(self, c: ModelConfig, tokenizer: NeoTokenizer, max_bytes: int = 256 << 20):
         self._config, self._tokenizer = c, tokenizer
-        self._pictures = _Once(max_pictures)
+        self._pictures = _Once(max_bytes)
 
     def __call__(self, request: Request) -> Prepared:
         """Raises InputError for anything wrong with the request."""
@@ -99,30 +103,45 @@ class Preparer:
 
 
 class _Once:
-    """The latest results by key; who asks for one that is being made waits for it."""
+    """The latest pictures by key, within a bound of bytes.
 
-    def __init__(self, size: int):
-        self._size, self._lock = size, threading.Lock()
-        self._made: collections.OrderedDict = collections.OrderedDict()
+    Who asks for one that is being made waits for it.
+    """
 
-    def __call__(self, key, make: Callable):
+    def __init__(self, max_bytes: int):
+        self._max_bytes, self._bytes, self._lock = max_bytes, 0, threading.Lock()
+        self._making: dict[Hashable, Future[Picture]] = {}
+        self._made: collections.OrderedDict[Hashable, Picture] = collections.OrderedDict()
+
+    def __call__(self, key: Hashable, make: Callable[[], Picture]) -> Picture:
         with self._lock:
-            future = self._made.get(key)
+            if key in self._made:
+                self._made.move_to_end(key)
+                return self._made[key]
+            future = self._making.get(key)
             is_mine = future is None
             if is_mine:
-                future = self._made[key] = Future()
-                while len(self._made) > self._size:
-                    self._made.popitem(last=False)
-            else:
-                self._made.move_to_end(key)
+                future = self._making[key] = Future()
         if is_mine:
-            try:
-                future.set_result(make())
-            except BaseException as error:
-                with self._lock:
-                    self._made.pop(key, None)
-                future.set_exception(error)
+            self._make(key, make, future)
         return future.result()
+
+    def _make(self, key: Hashable, make: Callable[[], Picture], future: Future) -> None:
+        try:
+            picture = make()
+        except BaseException as error:
+            with self._lock:
+                del self._making[key]
+            future.set_exception(error)
+            return
+        with self._lock:
+            del self._making[key]
+            self._made[key] = picture
+            self._bytes += picture.patches.nbytes
+            while self._bytes > self._max_bytes:
+                _, oldest = self._made.popitem(last=False)
+                self._bytes -= oldest.patches.nbytes
+        future.set_result(picture)
 
 
 def _cut(pixels: np.ndarray) -> Picture:

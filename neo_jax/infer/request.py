@@ -34,6 +34,6 @@ class Result:
 
     text: str  # without the stop token or text, stripped
     token_ids: tuple[int, ...]  # with the stop token
-    finish_reason: str  # "stop", "length", "repetition" or "error"
+    finish_reason: str  # "stop", "length", "repetition", "cancelled" or "error"
     usage: Mapping[str, int]  # prompt_tokens, cached_tokens (of the prompt), completion_tokens
-    error: str | None = None  # what was wrong with the request
+    error: str | None = None  # what was wrong with the request, or has failed

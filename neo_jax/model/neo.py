@@ -24,7 +24,8 @@ from neo_jax.kernels.softmax_base import LN_2
 from neo_jax.model import decoder, layers
 from neo_jax.model import kv_cache as kv
 from neo_jax.model.patch_embed import PatchEmbed
-from neo_jax.model.prefill import attend_rows, attend_slots
+from neo_jax.model.prefill import Chunks
+from neo_jax.model.prefill import attend as attend_chunks
 from neo_jax.model.rope import thw_rotary
 from neo_jax.model_config import ModelConfig
 from neo_jax.sharding import AXES, describe, make_mesh, spec
@@ -63,88 +64,97 @@ class Neo(nnx.Module):
         return self.inputs(batch), layers_lbtd, self.normed(x_btd)
 
     def prefill(
-        self, batch: Batch, cache: kv.Cache, where: Mapping[str, jax.Array], is_fresh: bool
-    ) -> tuple[jax.Array, kv.Cache]:
-        """Writes rows of prompt tokens into slots of the cache.
+        self, batch: Batch, pool: kv.Pool, where: Mapping[str, jax.Array]
+    ) -> tuple[jax.Array, kv.Pool]:
+        """Prefill: writes chunks of sequences into blocks of the pool.
+
+        A device of the batch axes has one row of T = R * block_size tokens, which holds the chunks
+        side by side: R rows of `block_size` tokens, each for one block of the pool. A chunk takes
+        as many rows as it touches blocks. Its first row has padding in front if the chunk begins
+        within a block, and its last row behind. A chunk does not end within an image.
 
         Args:
-          batch: [R, T] a part of one prompt per row; `thw` as in the prompt. The rows of a prompt
-            follow one another, all but its last are full, and none splits an image. A row of
-            padding changes nothing.
-          cache: of B slots.
-          where: `slot_r` [R], the row's slot, numbered on each device of the batch axes; `start_r`
-            [R], the position in its prompt of the row's first token; `end_rt` [R, T], the position
-            up to which the token sees its prompt.
-          is_fresh: all prompts start in these rows, so the cache need not be read.
+          batch: [D, T] as in `batch.py`; segments 0 at padding and else 1, `thw` as in the
+            sequence. A device's patches follow one another over all its chunks.
+          pool: `kv_cache.empty`.
+          where: numbered on each device,
+            block_r [D * R]: block that a row is written to; the null block for a row of padding.
+            start_r [D * R]: position in its sequence of the row's first token; the row's tokens
+              lie from `start_r % block_size` on.
+            end_dt [D, T]: up to which position of its sequence a token sees.
+            context_blocks_dc [D, C]: C = 0 if all chunks begin their sequences: their keys are the
+              tokens of the batch. Else all blocks of the chunks' sequences, up to the chunks' ends,
+              side by side: those are the keys.
+            first_key_r [D * R]: where among the keys the row's sequence begins: `block_size` times
+              the number of its first row, or of its first block in `context_blocks_dc`.
 
         Returns:
-          logits [R, V] after each row's last token, and the cache.
+          logits [D * R, V] after each row's last token, and the pool.
         """
         c = self.cfg
-        slot_r, start_r, end_rt = (where[name] for name in ("slot_r", "start_r", "end_rt"))
-        count_r = jnp.sum(batch["segments"] > 0, axis=1, dtype=jnp.int32)
+        widths, itemsize = (c.qk_width, c.head_dim), jnp.dtype(c.dtype).itemsize
+        chunks = Chunks.of(batch, where, kv.block_size(pool), widths, itemsize)
         rotary = thw_rotary(batch["thw"], c.t_width, c.hw_width, c.rope_theta, c.rope_theta_hw)
 
-        def body(block, layer, x_rtd, store):
-            def attend(q_rtnj, k_rtkj, v_rtkh):
-                grown = {
-                    which: kv.write_chunk(store[which], new, layer, slot_r, start_r, count_r)
-                    for which, new in (("k", k_rtkj), ("v", v_rtkh))
-                }
-                if is_fresh:
-                    return attend_rows(q_rtnj, k_rtkj, v_rtkh, start_r, end_rt, LN_2), grown
-                return attend_slots(
-                    q_rtnj, grown, layer, slot_r, end_rt, c.num_key_value_heads, LN_2
-                ), grown
+        def body(block, layer, x_dtd, store):
+            def attend(q_dtnj, k_dtkj, v_dtkh):
+                new = {"k": k_dtkj, "v": v_dtkh}
+                grown = kv.write_rows(store, new, layer, chunks.block_r, chunks.first_r)
+                arrays, heads = (q_dtnj, k_dtkj, v_dtkh), c.num_key_value_heads
+                return attend_chunks(*arrays, grown, layer, chunks, heads, LN_2), grown
 
-            x_rtd, store = block(x_rtd, rotary, attend)
-            return x_rtd, store, None
+            x_dtd, store = block(x_dtd, rotary, attend)
+            return x_dtd, store, None
 
-        x_rtd, cache = self._through_cache(self.inputs(batch), cache, body)
-        last_r = jnp.maximum(count_r - 1, 0)
-        x_r1d = jax.vmap(lambda row, index: row[index])(x_rtd, last_r)[:, None]
-        t_r = jax.vmap(lambda row, index: row[index])(batch["thw"][..., 0], last_r)
-        for name, value_r in (("length_b", start_r + count_r), ("t_b", t_r + 1)):
-            cache[name] = kv.put_rows(cache[name], value_r, slot_r, count_r > 0)
-        return self.logits(self.normed(x_r1d))[:, 0], cache
+        x_dtd, pool = self._through_pool(self.inputs(batch), pool, body)
+        return self.logits(self.normed(chunks.last_tokens(x_dtd)))[:, 0], pool
 
     def decode(
-        self, tokens_b: jax.Array, cache: kv.Cache, is_active_b: jax.Array
-    ) -> tuple[jax.Array, kv.Cache]:
-        """One token per row: ids [B] -> logits [B, V] of the next token, and the updated cache.
+        self, tokens_b: jax.Array, pool: kv.Pool, lanes: Mapping[str, jax.Array]
+    ) -> tuple[jax.Array, kv.Pool]:
+        """One more token per lane: [B] ids -> logits [B, V] and the pool with it written.
 
-        Rows that are not active keep their length; their logits mean nothing.
+        Args:
+          lanes: is_active_b [B] bool: the others write to the null block, and what they return
+              means nothing.
+            length_b [B]: tokens before this one, so its position in its sequence.
+            t_b [B]: its place on the T axis.
+            block_table_bn [B, n]: the blocks of the lane's sequence, numbered on each device.
         """
-        c, zero_b1 = self.cfg, 0 * cache["length_b"][:, None]
-        # Inactive rows write to the last place. No row uses it: an answer's last token is not fed.
-        place_b = jnp.where(is_active_b, cache["length_b"], kv.length(cache) - 1)
-        thw_b13 = jnp.stack([cache["t_b"][:, None], zero_b1, zero_b1], axis=-1)
-        rotary = thw_rotary(thw_b13, c.t_width, c.hw_width, c.rope_theta, c.rope_theta_hw)
+        c, size, is_active_b = self.cfg, kv.block_size(pool), lanes["is_active_b"]
+        t_b1 = lanes["t_b"][:, None]
+        rotary = thw_rotary(
+            jnp.stack([t_b1, 0 * t_b1, 0 * t_b1], axis=-1),
+            c.t_width,
+            c.hw_width,
+            c.rope_theta,
+            c.rope_theta_hw,
+        )
+        table_bn, position_b = lanes["block_table_bn"], jnp.where(is_active_b, lanes["length_b"], 0)
+        block_b = jax.vmap(lambda row, index: row[index])(table_bn, position_b // size)
+        block_b = jnp.where(is_active_b, block_b, kv.NULL_BLOCK)
+        end_b = jnp.where(is_active_b, position_b + 1, 0)
 
         def body(block, layer, x_b1d, store):
             def attend(q_b1nj, k_b1kj, v_b1kh):
-                grown = {
-                    which: kv.write_token(store[which], new, layer, place_b)
-                    for which, new in (("k", k_b1kj), ("v", v_b1kh))
-                }
-                end_b, heads = cache["length_b"] + 1, c.num_key_value_heads
-                z_b1nh = decode_attention(q_b1nj, grown["k"], grown["v"], layer, end_b, heads, LN_2)
+                new = {"k": k_b1kj, "v": v_b1kh}
+                grown = kv.write_token(store, new, layer, block_b, position_b % size)
+                stores, heads = (grown["k"], grown["v"]), c.num_key_value_heads
+                z_b1nh = decode_attention(q_b1nj, *stores, layer, table_bn, end_b, heads, LN_2)
                 return z_b1nh, grown
 
             x_b1d, store = block(x_b1d, rotary, attend)
             return x_b1d, store, None
 
-        x_b1d, cache = self._through_cache(self._lookup(tokens_b[:, None]), cache, body)
-        for name in ("length_b", "t_b"):
-            cache[name] = cache[name] + is_active_b
-        return self.logits(self.normed(x_b1d))[:, 0], cache
+        x_b1d, pool = self._through_pool(self._lookup(tokens_b[:, None]), pool, body)
+        return self.logits(self.normed(x_b1d))[:, 0], pool
 
-    def _through_cache(self, x_btd: jax.Array, cache: kv.Cache, body) -> tuple[jax.Array, kv.Cache]:
-        """Runs all layers with the cache as the loop's carry, so that it is written in place."""
-        cache = dict(cache)
+    def _through_pool(self, x_btd: jax.Array, pool: kv.Pool, body) -> tuple[jax.Array, kv.Pool]:
+        """Runs all layers with the pool as their carry, so that it is written in place."""
+        pool = dict(pool)
         for name, blocks in self._stacks():
-            x_btd, cache[name], _ = decoder.run_stack(blocks, x_btd, body, cache[name])
-        return x_btd, cache
+            x_btd, pool[name], _ = decoder.run_stack(blocks, x_btd, body, pool[name])
+        return x_btd, pool
 
     def run_layers(
         self, batch: Batch, output_fn: Callable, remat: str = "none", attention: str = "auto"

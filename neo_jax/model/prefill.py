@@ -1,106 +1,106 @@
-"""Attention in prefill: rows of a fixed number of tokens, each a part of one prompt.
+"""Attention while chunks of prompts are put into the pool, in rows of a block's number of tokens.
 
-The rows of a prompt follow one another. So several short prompts, or a chunk of a long one, have
-the same few shapes:
+All chunks of a program lie side by side in one row of tokens on each device, each on a block's
+boundary, and every query sees one interval of keys. So several short prompts, or a chunk of a long
+one, fill the same few shapes.
 
-    row 0    prompt A, tokens 0..T        row 2    prompt B, tokens 0..T, padding
-    row 1    prompt A, tokens T..2T       row 3    padding
+    tokens        a a a a | a a . . | b b b b | b . . .    two chunks in rows of 4; . is padding
+    chunks that begin prompts see their own tokens:                    a[0, t]       b[8, 8 + t]
+    chunks that go on see their blocks, side by side:    A A A A A A B B B B B   a[0, t] b[24, 24+t]
 """
 
-import functools
+import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
-from neo_jax.kernels.interval_attention import interval_attention
+from neo_jax.kernels.flash import BlockLists
+from neo_jax.kernels.interval_attention import interval_attention, make_block_lists
 from neo_jax.model import kv_cache as kv
 from neo_jax.sharding import AXES, spec
 
-_HEADS, _ROWS = spec("batch", None, "heads", None), spec("batch", None)
 
+@dataclasses.dataclass(frozen=True)
+class Chunks:
+    """Where the tokens of a prefill belong and what they see.
 
-def key_sizes(rows: int, length: int) -> list[int]:
-    """The numbers of keys that `attend_rows` is compiled for; a row takes the smallest it needs.
-
-    Args:
-      rows: number of rows of the prefill.
-      length: tokens of a row.
-    """
-    return sorted({min(length << power, rows * length) for power in range(rows.bit_length() + 1)})
-
-
-def attend_rows(
-    q_rtnj: jax.Array,
-    k_rtkj: jax.Array,
-    v_rtkh: jax.Array,
-    start_r: jax.Array,
-    end_rt: jax.Array,
-    scale: float,
-) -> jax.Array:
-    """Attention of prompts that start in these rows, so that the cache is not read: [R, T, N, H].
-
-    Args:
-      start_r: [R] position in its prompt of the row's first token.
-      end_rt: [R, T] the token sees its prompt up to this position; 0 for padding.
+    Attributes:
+      block_r: [R] the block that a row is written to, counted on each device.
+      first_r: [R] places of that block before this one keep what they have.
+      count_r: [R] tokens of the row, from there on.
+      blocks_dc: [D, C] the blocks whose tokens are seen, side by side; C is 0 if the keys are
+        the tokens of this prefill.
+      start_dt, end_dt: [D, T] the interval of keys that a token sees.
+      block_lists: of the intervals, shared by all layers.
     """
 
-    def local(q_rtnj, k_rtkj, v_rtkh, start_r, end_rt):
-        count, length = end_rt.shape
-        total, sizes = count * length, key_sizes(count, length)
-        keys, values = (array.reshape(total, *array.shape[2:]) for array in (k_rtkj, v_rtkh))
+    block_r: jax.Array
+    first_r: jax.Array
+    count_r: jax.Array
+    blocks_dc: jax.Array
+    start_dt: jax.Array
+    end_dt: jax.Array
+    block_lists: BlockLists | None
 
-        def attend(row):
-            """Attention of one row over the rows of its prompt, as many as it needs."""
-            q_tnj, first, end_t = row
+    @classmethod
+    def of(cls, batch, where: Mapping[str, jax.Array], size: int, widths, itemsize: int):
+        """From the arguments of `Neo.prefill`; `size`: tokens of a row."""
+        is_token_dt = batch["segments"] > 0
+        rows = where["block_r"].shape[0]
+        is_token_rt = is_token_dt.reshape(rows, size, out_sharding=spec("batch", None))
+        start_rt = jnp.broadcast_to(where["first_key_r"][:, None], (rows, size))
+        start_dt = start_rt.reshape(is_token_dt.shape, out_sharding=spec("batch", None))
+        end_dt = start_dt + jnp.where(is_token_dt, where["end_dt"], 0)
+        blocks_dc = where["context_blocks_dc"]
+        num_keys = blocks_dc.shape[1] * size or is_token_dt.shape[1]
+        return cls(
+            block_r=where["block_r"],
+            first_r=where["start_r"] % size,
+            count_r=jnp.sum(is_token_rt, axis=1, dtype=jnp.int32),
+            blocks_dc=blocks_dc,
+            start_dt=start_dt,
+            end_dt=end_dt,
+            block_lists=make_block_lists(start_dt, end_dt, num_keys, widths, itemsize),
+        )
 
-            def attend_to(size):
-                begin = jnp.minimum(first, total - size)
-                k_1skj, v_1skh = (
-                    jax.lax.dynamic_slice_in_dim(array, begin, size)[None]
-                    for array in (keys, values)
-                )
-                first_1t = jnp.broadcast_to(first - begin, (1, length))
-                end_1t = first_1t + end_t
-                return interval_attention(q_tnj[None], k_1skj, v_1skh, first_1t, end_1t, scale)[0]
-
-            choice = jnp.sum(jnp.array(sizes) < jnp.max(end_t))
-            return jax.lax.switch(choice, [functools.partial(attend_to, size) for size in sizes])
-
-        first_r = length * jnp.arange(count) - start_r
-        return jax.lax.map(attend, (q_rtnj, first_r, end_rt))
-
-    in_specs = (_HEADS, _HEADS, _HEADS, spec("batch"), _ROWS)
-    run = jax.shard_map(local, in_specs=in_specs, out_specs=_HEADS, check_vma=False)
-    return run(q_rtnj, k_rtkj, v_rtkh, start_r, end_rt)
+    def last_tokens(self, array_dt: jax.Array) -> jax.Array:
+        """[R, 1, ...]: of [D, T, ...], what each row's last token has."""
+        rows, rest = self.block_r.shape[0], array_dt.shape[2:]
+        names = spec("batch", None, *[None] * len(rest))
+        array_rt = array_dt.reshape(rows, -1, *rest, out_sharding=names)
+        last_r = jnp.maximum(self.first_r + self.count_r - 1, 0)
+        return jax.vmap(lambda row, index: row[index])(array_rt, last_r)[:, None]
 
 
-def attend_slots(
-    q_rtnj: jax.Array,
+def attend(
+    q_dtnj: jax.Array,
+    k_dtkj: jax.Array,
+    v_dtkh: jax.Array,
     store: dict[str, kv.Store],
     layer: jax.Array,
-    slot_r: jax.Array,
-    end_rt: jax.Array,
+    chunks: Chunks,
     num_key_heads: int,
     scale: float,
 ) -> jax.Array:
-    """Attention of prompts that continue: a token sees its slot from 0 to `end_rt`: [R, T, N, H].
+    """Attention of a layer's new tokens, whose keys and values are in the store. [D, T, N, H]."""
+    if chunks.blocks_dc.shape[1]:
+        k_dtkj, v_dtkh = (
+            _gathered(store[which], layer, chunks.blocks_dc, num_key_heads, q_dtnj.dtype)
+            for which in ("k", "v")
+        )
+    bounds = chunks.start_dt, chunks.end_dt
+    return interval_attention(q_dtnj, k_dtkj, v_dtkh, *bounds, scale, chunks.block_lists)
 
-    Rows run one by one, so that no more than one slot's keys are copied at a time.
-    """
 
-    def local(q_rtnj, store, layer, slot_r, end_rt):
-        def attend(row):
-            q_tnj, slot, end_t = row
-            k_1skj, v_1skh = (
-                kv.read_slot(store[which], layer, slot, num_heads, q_rtnj.dtype)
-                for which in ("k", "v")
-            )
-            end_1t = end_t[None]
-            return interval_attention(q_tnj[None], k_1skj, v_1skh, 0 * end_1t, end_1t, scale)[0]
+def _gathered(store: kv.Store, layer, blocks_dc, num_key_heads: int, dtype) -> jax.Array:
+    """[D, C * block_size, K, width]: each device's blocks of one layer."""
 
-        return jax.lax.map(attend, (q_rtnj, slot_r, end_rt))
+    def local(store, layer, blocks_dc):
+        return kv.gather_blocks(store, layer, blocks_dc[0], num_heads, dtype)
 
     num_heads = num_key_heads // jax.sharding.get_abstract_mesh().shape[AXES["heads"]]
-    in_specs = (_HEADS, kv.partition(store), spec(), spec("batch"), _ROWS)
-    run = jax.shard_map(local, in_specs=in_specs, out_specs=_HEADS, check_vma=False)
-    return run(q_rtnj, store, layer, slot_r, end_rt)
+    in_specs = (kv.partition(store), spec(), spec("batch", None))
+    out_specs = spec("batch", None, "heads", None)
+    run = jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return run(store, jnp.asarray(layer), blocks_dc)

@@ -18,12 +18,12 @@ from neo_jax.plan.hlo import Computation, Instruction
 from neo_jax.plan.kernel_costs import (
     BLOCK_K,
     BLOCK_Q,
+    MOVING,
     PRODUCTS,
-    STACKED,
     STREAM_BLOCK,
     STREAMED,
     flops_per_pair,
-    read_bytes,
+    moved_bytes,
 )
 from neo_jax.plan.packing import Row, count_blocks
 from neo_jax.plan.timeline import KernelWork
@@ -65,7 +65,7 @@ def streamed() -> dict[str, dict[str, int]]:
 
 def kernel_name(one: Instruction) -> str | None:
     """The kernel that a call runs: the longest known name in it. None for an unknown one."""
-    where, known = f"{one.name} {one.op_name}", [*PRODUCTS, *STREAMED, *STACKED]
+    where, known = f"{one.name} {one.op_name}", [*PRODUCTS, *STREAMED, *MOVING]
     return max((name for name in known if name in where), key=len, default=None)
 
 
@@ -83,9 +83,9 @@ class Attention:
     def work(self, one: Instruction, where: Computation) -> KernelWork | None:
         """The work of a call; of attention, the mean over sampled rows. None for other kernels."""
         name = kernel_name(one) or ""
-        if name in STACKED:
+        if name in MOVING:
             operands = [where.by_name[operand] for operand in one.operands]
-            return KernelWork(read_bytes(one, operands) / self.chip.hbm_bandwidth)
+            return KernelWork(moved_bytes(one, operands) / self.chip.hbm_bandwidth)
         if name in STREAMED:
             return self._streamed(name, one)
         steps = table().get(name, {}).get(self.chip.name)
@@ -121,10 +121,11 @@ class Attention:
             return self._count_blocks(steps.block_q, steps.block_k).mean(axis=0)
         operands = [where.by_name[operand].arrays[0].shape for operand in one.operands]
         queries, keys = [shape[1] for shape in operands if len(shape) == 3][:2]
-        # A row of a prompt takes the smallest power of two of keys and attends to 3/4 of them in
-        # the mean. Its blocks of queries are smaller than those whose cycles were counted.
-        blocks = max(1.0, 0.75 * keys / steps.block_k) * queries / steps.block_q
-        return np.array([blocks, 0.0])
+        # A chunk of a prompt sees what was before it, and itself up to the diagonal.
+        down, across = queries / steps.block_q, keys / steps.block_k
+        on_diagonal = max(1.0, down)
+        below = down * (across - down) + down * (down - 1) / 2
+        return np.array([max(0.0, below) + on_diagonal, max(0.0, below)])
 
     def _count_blocks(self, block_q: int, block_k: int) -> np.ndarray:
         """[rows, 2]: blocks, and full blocks."""

@@ -4,11 +4,18 @@ A block of attention is a block of queries against a block of keys, one entry of
 list.
 """
 
+import math
 from collections.abc import Sequence
 
-from neo_jax.kernels import decode_attention, norm_rope, pallas_backward, pallas_forward
+from neo_jax.kernels import (
+    cache_blocks,
+    decode_attention,
+    norm_rope,
+    pallas_backward,
+    pallas_forward,
+)
 from neo_jax.kernels.flash import BLOCKS
-from neo_jax.plan.hlo import Instruction
+from neo_jax.plan.hlo import Array, Instruction
 
 BLOCK_Q, BLOCK_K = BLOCKS
 
@@ -25,18 +32,42 @@ PRODUCTS = {
 STREAM_BLOCK = norm_rope.ROWS * norm_rope.MAX_HEADS * 2 * norm_rope.LANES
 STREAMED = {f"{norm_rope.NAME}_forward": 2, f"{norm_rope.NAME}_backward": 3}
 
-# Kernels that read one layer of stacked caches; memory bandwidth bounds them.
-STACKED = {decode_attention.NAME}
+# Kernels that move parts of the stacks of caches, as fast as memory gives and takes them.
+MOVING = (decode_attention.NAME, cache_blocks.NAME, cache_blocks.READ_NAME)
 
 
-def read_bytes(one: Instruction, operands: Sequence[Instruction]) -> int:
-    """Bytes of HBM that a kernel's call reads: of stacked caches, one layer with all slots full."""
+def moved_bytes(one: Instruction, operands: Sequence[Instruction]) -> int:
+    """Of HBM, that a call of a kernel reads and writes: of stacked caches a layer, all blocks full;
+    of what it writes to the cache the blocks, or of single tokens the tiles that they are in."""
     arrays = [array for operand in operands for array in operand.arrays if not array.is_in_vmem]
-    if not any(name in one.name for name in STACKED):
-        return sum(array.bytes for array in arrays)
-    stacks = [array for array in arrays if len(array.shape) >= 4]
+    results = sum(array.bytes for array in one.arrays if not array.is_in_vmem)
     rest = sum(array.bytes for array in arrays if len(array.shape) < 4)
-    return rest + sum(array.bytes // array.shape[0] for array in stacks)
+    if cache_blocks.NAME in one.name:
+        return rest + sum(
+            map(_written_bytes, (array for each in operands for array in each.arrays))
+        )
+    if cache_blocks.READ_NAME in one.name:
+        values = next(array for array in arrays if len(array.shape) >= 4)
+        return rest + results + math.prod(one.arrays[0].shape) * _itemsize(values)
+    if decode_attention.NAME in one.name:
+        stacks = [array for array in arrays if len(array.shape) >= 4]
+        return rest + results + sum(array.bytes // array.shape[0] for array in stacks)
+    return sum(array.bytes for array in arrays) + results
+
+
+def _written_bytes(new: Array) -> int:
+    """Of the cache, for an array of rows [T, width] or tokens [B, 1, width] or [B, K, 1]."""
+    if len(new.shape) == 2:
+        return new.bytes
+    if len(new.shape) != 3:
+        return 0
+    lanes, heads, width = new.shape
+    across = (heads * norm_rope.LANES if width == 1 else width) * _itemsize(new)
+    return 2 * lanes * across * (1 if width == 1 else cache_blocks.tile_rows(_itemsize(new)))
+
+
+def _itemsize(array: Array) -> int:
+    return array.bytes // math.prod(array.shape)
 
 
 def flops_per_pair(kernel: str, qk_width: int, v_width: int) -> int:

@@ -1,6 +1,5 @@
 """Plans the two programs of generation, prefill and decode, compiled for a slice."""
 
-import bisect
 import dataclasses
 
 import jax
@@ -9,9 +8,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from neo_jax.batch import RANK
 from neo_jax.errors import InputError
-from neo_jax.infer import buckets, programs, sampling
+from neo_jax.infer import programs, sampling
 from neo_jax.model.kv_cache import STACKS
-from neo_jax.model.prefill import key_sizes
 from neo_jax.model_config import PATCH_CHANNELS, ModelConfig
 from neo_jax.plan import compile_cache, costs, hlo
 from neo_jax.plan.attention_cycles import attention
@@ -20,11 +18,11 @@ from neo_jax.plan.program import Compiled, device_bytes, place
 from neo_jax.plan.result import GIB, MemoryUse, Plan
 from neo_jax.plan.topology import Topology, find_topology
 from neo_jax.plan.training import UNREADABLE, tensor_size
-from neo_jax.plan.work import branches
 from neo_jax.sharding import batch_rows, describe, spec
 from neo_jax.train.run_metrics import flops_per_batch
 from neo_jax.weights.place import param_target
 
+BLOCK_SIZE = 128  # tokens, on TPUs
 _COPIES = ("copy", "transpose", "copy-start", "concatenate")
 
 
@@ -50,7 +48,7 @@ def plan_serving(
       topology: such as "v5e:2x2".
       mesh: sizes of (data, fsdp, tensor[, context]); -1 takes the remaining devices.
       slots: requests that run at once, on all devices.
-      max_length: tokens of a slot.
+      max_length: tokens of a sequence.
       prefill: tokens of a prefill, on each device of the batch axes.
       kv_dtype: of the cache, "bfloat16", "float32" or "int8".
       weights: "int8", or None for bfloat16.
@@ -129,22 +127,26 @@ class _Serving:
     def _state(self, params: dict) -> dict:
         def new(params):
             return programs.new_state(
-                self.model, params, self.slots, self.max_length, self.kv_dtype
+                self.model,
+                params,
+                self.lanes,
+                self.lanes * self.max_blocks + 1,
+                self.max_blocks,
+                self.kv_dtype,
+                BLOCK_SIZE,
             )
 
         return place(jax.eval_shape(new, params), self.mesh)
 
     def _lower(self, program: str, params: dict, state: dict) -> jax.stages.Lowered:
         if program == "decode":
-            return programs.decode.lower(
-                self.model, params, state, self._rows((self.slots,), jnp.bool_)
-            )
-        return programs.prefill.lower(self.model, params, state, self._prompt_rows(), True)
+            block_b = self._rows((self.slots,), jnp.int32)
+            return programs.decode.lower(self.model, params, state, block_b)
+        return programs.prefill.lower(self.model, params, state, self._prompt_rows())
 
     def _prompt_rows(self) -> dict:
-        """The abstract `rows` of `programs.prefill`."""
-        rows = self.chunk_rows * batch_rows(self.mesh)
-        integers, tokens = jnp.int32, buckets.ROW
+        parts, integers = batch_rows(self.mesh), jnp.int32
+        rows, tokens = self.prefill_rows * parts, self.prefill_rows * BLOCK_SIZE
         wanted = {
             "tokens": ((tokens,), integers),
             "segments": ((tokens,), integers),
@@ -155,15 +157,16 @@ class _Serving:
         }
         assert wanted.keys() <= RANK.keys()
         settings = sampling.row_settings([])
+        names = ("block_r", "start_r", "first_key_r", "lane_r", "index_r")
         return {
             "batch": {
-                name: self._rows((rows, *shape), kind) for name, (shape, kind) in wanted.items()
+                name: self._rows((parts, *shape), kind) for name, (shape, kind) in wanted.items()
             },
-            "slot_r": self._rows((rows,), integers),
-            "start_r": self._rows((rows,), integers),
-            "end_rt": self._rows((rows, tokens), integers),
+            **{name: self._rows((rows,), integers) for name in names},
+            "end_dt": self._rows((parts, tokens), integers),
+            "context_blocks_dc": self._rows((parts, 0), integers),
             "is_last_r": self._rows((rows,), jnp.bool_),
-            "seen_rv": self._rows((rows, self.model.vocab_size), jnp.bool_),
+            "block_table_rn": self._rows((rows, self.max_blocks), integers),
             "settings": {key: self._rows((rows,), one.dtype) for key, one in settings.items()},
         }
 
@@ -172,13 +175,21 @@ class _Serving:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, partition))
 
     @property
-    def chunk_rows(self) -> int:
-        """Rows of a prefill bucket, of one shard of the batch."""
-        return buckets.bucket_for(buckets.rows_for(self.prefill), True).rows
+    def lanes(self) -> int:
+        """On each device of the batch axes."""
+        return self.slots // batch_rows(self.mesh)
+
+    @property
+    def max_blocks(self) -> int:
+        return -(-self.max_length // BLOCK_SIZE)
+
+    @property
+    def prefill_rows(self) -> int:
+        return -(-self.prefill // BLOCK_SIZE)
 
     def _memory(self, made: Compiled, params: dict, state: dict) -> MemoryUse:
-        kept = {name: state[name] for name in STACKS if name in state}
-        rest = {name: state[name] for name in state if name not in kept}
+        kept = state["pool"]
+        rest = {name: state[name] for name in state if name != "pool"}
         kinds = {
             "parameters": device_bytes(params),
             "keys and values": device_bytes(kept),
@@ -196,9 +207,7 @@ class _Serving:
     def _with_costs(self, plan: Plan, made: Compiled, params: dict, state: dict) -> Plan:
         chip, parts = self.slice_.chip, batch_rows(self.mesh)
         counted = attention(chip, self.model, (), 1, tensor_size(self.mesh))
-        totals = costs.read(
-            made.text, self.slice_, self.mesh, counted.work, branches=self._shares_of_sizes
-        )
+        totals = costs.read(made.text, self.slice_, self.mesh, counted.work)
         times = costs.times(totals, chip)
         copies = kv_copies(made.text, self.layer_bytes(state))
         notes = {"copies as large as a layer's keys": len(copies), "they are": copies[:5]}
@@ -209,9 +218,7 @@ class _Serving:
             tokens = self.prefill * parts / self.mesh.size
             keys = tokens * self.prefill / 2
             flops = flops_per_batch(self.model, tokens, 0, keys) / 3  # forward only
-            flops -= (
-                2 * self.model.vocab_size * self.model.hidden_size * tokens
-            )  # logits of last tokens only
+            flops -= 2 * self.model.vocab_size * self.model.hidden_size * tokens  # last ones only
         else:
             tokens = self.slots / self.mesh.size
             least = plan.memory.kinds["parameters"] + plan.memory.kinds["keys and values"]
@@ -234,28 +241,14 @@ class _Serving:
             warnings=tuple(f"gathered whole: {what}" for what in made.rematerialized),
         )
 
-    def _shares_of_sizes(self, one: hlo.Instruction) -> list[float] | None:
-        """The share of a prompt's rows that takes each branch of attention, by its number of keys.
-
-        Padding rows take the branch with the fewest keys. None for other conditionals.
-        """
-        sizes = key_sizes(self.chunk_rows, buckets.ROW)
-        # Other conditionals have two branches, whose order programs do not keep.
-        if "/attention/" not in one.op_name or len(branches(one)) != len(sizes) or len(sizes) < 3:
-            return None
-        needed = [buckets.ROW * (row + 1) for row in range(buckets.rows_for(self.prefill))]
-        taken = [bisect.bisect_left(sizes, keys) for keys in needed]
-        taken += [0] * (self.chunk_rows - len(taken))
-        return [taken.count(size) / self.chunk_rows for size in range(len(sizes))]
-
     def layer_bytes(self, state: dict) -> int:
-        """Bytes of one layer's cached values on a device. No copy of a cache is smaller."""
-        leaf = min(jax.tree.leaves(state[STACKS[1]]["v"]), key=lambda leaf: -leaf.ndim)
+        """Of one layer's values on a device: the smallest array that is as large as a cache."""
+        leaf = min(jax.tree.leaves(state["pool"][STACKS[1]]["v"]), key=lambda leaf: -leaf.ndim)
         return device_bytes(leaf) // leaf.shape[0]
 
 
 def kv_copies(text: str, least: int) -> list[str]:
-    """The instructions that copy at least so many bytes in HBM. A cache should never be copied."""
+    """Instructions that copy at least so many bytes of HBM: a cache should stay where it is."""
     module, found = hlo.parse(text), []
     fused = {
         one.called()

@@ -6,7 +6,7 @@ import re
 import numpy as np
 
 from neo_jax.plan.hlo import Array, Computation, Instruction, Module
-from neo_jax.plan.kernel_costs import read_bytes
+from neo_jax.plan.kernel_costs import moved_bytes
 from neo_jax.plan.network import all_instructions
 
 # Instructions that only name values, or change their type or layout on paper.
@@ -143,7 +143,7 @@ def traffic(module: Module, where: Computation, one: Instruction) -> int:
         new = operands[_IN_PLACE[one.op]].arrays[0]
         return _in_hbm(new) + (0 if one.arrays[0].is_in_vmem else new.bytes)
     if one.op == "custom-call":
-        return read_bytes(one, operands) + sum(_in_hbm(array) for array in one.arrays)
+        return moved_bytes(one, operands)
     reads = operands[:0] if one.op in _SLICES else operands
     total = sum(_in_hbm(array) for each in reads for array in each.arrays)
     if one.op in _SLICES and not operands[0].arrays[0].is_in_vmem:

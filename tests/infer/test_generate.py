@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
+from helpers.chunks import Chunk, lay_out
 from helpers.golden import GOLDEN, arrays, load_case, raises, read_json
 from neo_jax import Request, Sampling
-from neo_jax.batch import to_device
-from neo_jax.data.example import collate, make_example
+from neo_jax.data.example import make_example
 from neo_jax.infer import programs
 from neo_jax.model.neo import bind
 from neo_jax.sharding import batch_rows, put
@@ -17,44 +17,43 @@ from neo_jax.sharding import batch_rows, put
 PROMPTS = ("single_image", "multi_image", "text_only")
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5))
-def prefill(c, params, cache, batch, where, is_fresh):
-    return bind(c, params).prefill(batch, cache, where, is_fresh)
+@functools.partial(jax.jit, static_argnums=0)
+def prefill(c, params, pool, batch, where):
+    return bind(c, params).prefill(batch, pool, where)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def decode(c, params, cache, tokens_b, is_active_b):
-    return bind(c, params).decode(tokens_b, cache, is_active_b)
+def decode(c, params, pool, tokens_b, lanes):
+    return bind(c, params).decode(tokens_b, pool, lanes)
 
 
-def step_logits(neo, example, tokens, kv_dtype="float32", cut=None):
-    """Logits from which each of `tokens` was chosen, fed one by one; the prompt in one or two."""
-    c, rows = neo.config, batch_rows(neo.mesh)
-    with jax.set_mesh(neo.mesh):
-        cache = programs.new_state(c, neo.params, rows, 192, kv_dtype)
-        stops = [cut, len(example.tokens)] if cut else [len(example.tokens)]
-        start = 0
-        for stop in stops:
-            patches = 4 * int(example.is_image[:start].sum())
-            part = type(example)(
-                *(x[start:stop] for x in (example.tokens, example.thw, example.is_image)),
-                example.patches[patches:],
-                example.patch_hw[patches:],
-            )
-            batch = to_device(collate([part], 64, 256), neo.mesh)
-            where = {"slot_r": np.zeros(rows, np.int32), "start_r": np.full(rows, start, np.int32)}
-            where = {name: put(value, neo.mesh, "batch") for name, value in where.items()}
-            t, end_rt = example.thw[:, 0], np.zeros((rows, 64), np.int32)
-            end_rt[0, : stop - start] = np.searchsorted(t, t[start:stop], side="right")
-            where["end_rt"] = put(end_rt, neo.mesh, "batch", None)
-            logits, cache = prefill(c, neo.params, cache, batch, where, start == 0)
+def step_logits(neo, example, tokens, kv_dtype="float32", cuts=(), size=64):
+    """Logits from which each of `tokens` was chosen, fed one by one; the prompt in chunks that end
+    at `cuts` and at its end. On the last device of the batch axes, in blocks of `size`."""
+    c, mesh = neo.config, neo.mesh
+    devices = batch_rows(mesh)
+    blocks = list(range(2, 2 + 192 // size))[::-1]
+    with jax.set_mesh(mesh):
+        state = programs.new_state(c, neo.params, 2, 2 + len(blocks), len(blocks), kv_dtype, size)
+        pool, start = state["pool"], 0
+        for stop in (*cuts, len(example.tokens)):
+            chunk = Chunk(example, blocks, start, stop, devices - 1)
+            rows = -(-stop // size) - start // size + 1
+            context = len(blocks) + 1 if start else 0
+            batch, where, (last,) = lay_out([chunk], rows, size, context, mesh)
+            logits, pool = prefill(c, neo.params, pool, batch, where)
             start = stop
-        result = [np.asarray(logits)[0]]
-        for token in tokens[:-1]:
-            tokens_b = put(np.full(rows, token, np.int32), neo.mesh, "batch")
-            active = put(np.arange(rows) == 0, neo.mesh, "batch")
-            logits, cache = decode(c, neo.params, cache, tokens_b, active)
-            result.append(np.asarray(logits)[0])
+        result, lane = [np.asarray(logits)[last]], 2 * devices - 1
+        t = int(example.thw[-1, 0])
+        for number, token in enumerate(tokens[:-1]):
+            lanes = {"length_b": len(example.tokens) + number, "t_b": t + 1 + number}
+            lanes |= {"is_active_b": True, "block_table_bn": blocks}
+            arrays = {name: np.array([value] * (lane + 1)) for name, value in lanes.items()}
+            arrays["is_active_b"][:lane] = False
+            arrays = {n: put(a, mesh, "batch", *[None] * (a.ndim - 1)) for n, a in arrays.items()}
+            tokens_b = put(np.full(lane + 1, token, np.int32), mesh, "batch")
+            logits, pool = decode(c, neo.params, pool, tokens_b, arrays)
+            result.append(np.asarray(logits)[lane])
     return np.stack(result)
 
 
@@ -77,7 +76,7 @@ def official_request(name, **sampling):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 1, 2), (1, 2, 2)])
 @pytest.mark.parametrize("name", PROMPTS)
 def test_step_logits(name, mesh):
     example, golden = prompt_example(name)
@@ -94,12 +93,13 @@ def test_decoding_equals_one_full_forward():
     np.testing.assert_allclose(cached, full[len(example.tokens) - 1 : -1], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("cut", [8, 30])
-def test_a_prompt_in_two_chunks_gives_the_same_logits(cut):
+@pytest.mark.parametrize("cuts", [(8,), (16, 21, 30)], ids=str)
+def test_a_prompt_in_chunks_gives_the_same_logits(cuts):
     neo, (example, golden) = load_case("generate"), prompt_example("text_only")
     answer = golden["text_only_generated_ids"][:4]
     whole = step_logits(neo, example, answer)
-    np.testing.assert_allclose(step_logits(neo, example, answer, cut=cut), whole, atol=1e-4, rtol=0)
+    chunked = step_logits(neo, example, answer, cuts=cuts, size=8)
+    np.testing.assert_allclose(chunked, whole, atol=1e-4, rtol=0)
 
 
 def test_int8_cache_stays_close():

@@ -10,11 +10,9 @@ import pytest
 from helpers.tolerance import assert_close
 from neo_jax.errors import InputError
 from neo_jax.kernels import block_list, blockwise, flash
-from neo_jax.kernels.decode_attention import decode_attention
 from neo_jax.kernels.interval_attention import interval_attention, make_block_lists
 from neo_jax.kernels.intervals import intervals
 from neo_jax.kernels.norm_rope import norm_rope
-from neo_jax.model import kv_cache
 from neo_jax.sharding import make_mesh, put
 
 # rows, queries, keys, query heads, key heads, widths of keys and values, type
@@ -167,43 +165,6 @@ def test_work_grows_with_the_intervals_and_not_with_the_square():
     assert counts[1] == 2 * counts[0] and counts[2] == 4 * counts[0]
     causal = [(n // 256) * (n // 256 + 1) // 2 for n in (4096, 8192, 16384)]
     assert counts[2] * 8 < causal[2]
-
-
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 1, 2)], ids=str)
-@pytest.mark.parametrize("kernel", [None, True], ids=["xla", "kernel"])
-@pytest.mark.parametrize("is_int8", [False, True], ids=["float32", "int8"])
-def test_decoding_is_the_definition_over_what_is_cached(is_int8, kernel, mesh):
-    rng, (b, s, n, k, j, h) = np.random.default_rng(3), (4, 256, 4, 2, 256, 128)
-    end = np.array([1, 100, 129, 256], np.int32)
-    q = rng.normal(size=(b, 1, n, j)).astype(np.float32)
-    heads = {"k": rng.normal(size=(2, b, s, k, j)), "v": rng.normal(size=(2, b, s, k, h))}
-    mesh, stores, exact = make_mesh(mesh), {}, {}
-    with jax.set_mesh(mesh):
-        for name, array in heads.items():
-            if is_int8:
-                scale = np.abs(array).max(-1) / 127
-                array = np.round(array / scale[..., None])
-                parts = {"values": array.astype(np.int8), "scale": np.float32(scale)}
-                parts["scale"] = parts["scale"].swapaxes(2, 3)
-                exact[name] = array[1] * scale[1, ..., None]
-            else:
-                parts, exact[name] = {"values": array.astype(np.float32)}, array[1]
-            parts["values"] = parts["values"].reshape(2, b, s, -1)
-            places = kv_cache.partition(parts)
-            stores[name] = {
-                which: jax.device_put(part, jax.NamedSharding(mesh, places[which]))
-                for which, part in parts.items()
-            }
-        arrays = put(q, mesh, "batch", None, "heads", None), stores["k"], stores["v"]
-        run = jax.jit(
-            lambda q, k, v, layer, end: decode_attention(q, k, v, layer, end, k_heads, 0.1, kernel)
-        )
-        k_heads = k
-        found = run(*arrays, np.int32(1), put(end, mesh, "batch"))
-    wanted = interval_attention(
-        q, *(np.float32(exact[name]) for name in "kv"), 0 * end[:, None], end[:, None], 0.1
-    )
-    assert_close(found, wanted, 1e-5)
 
 
 @pytest.mark.slow

@@ -101,20 +101,17 @@ def test_a_prefill_is_counted_with_the_keys_that_it_needs(length):
         use_cache=False,
     )
     executed = prefill.times.products * CHIPS["v5e"].flops
-    # The kernel's blocks have at least 128 queries, a row of a prompt 64.
-    assert prefill.model_flops < executed < 2.5 * prefill.model_flops
-
-
-SCALES = "copy-start f32"  # the scales of int8, small enough for VMEM
+    assert prefill.model_flops < executed < 1.7 * prefill.model_flops
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("slice_", ["v5e:2x2", "v6e:2x2", "v7x:2x2x1"])
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
-def test_decoding_copies_no_cache(kv_dtype):
+def test_no_program_copies_the_pool(kv_dtype, slice_):
     plans = plan_serving(
         MODEL,
-        "v5e:2x2",
-        mesh=(2, 1, 2),
+        slice_,
+        mesh=(-1, 1, 2),
         slots=8,
         max_length=16384,
         prefill=512,
@@ -124,8 +121,8 @@ def test_decoding_copies_no_cache(kv_dtype):
     )
     assert not any(plan.problem for plan in plans)
     for plan in plans:
-        copied = [array for array in plan.notes["they are"] if not array.startswith(SCALES)]
-        assert not copied
+        assert not plan.notes["they are"]
+        assert not plan.notes["kernels not counted"]
     decode = plans[1]
     assert decode.times.kernels > 0
     kinds = decode.memory.kinds
