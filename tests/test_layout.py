@@ -1,6 +1,7 @@
 """The package's structure: imports point down, and a file is named by its name alone."""
 
 import ast
+import re
 from collections import Counter
 
 from helpers.golden import ROOT
@@ -67,3 +68,15 @@ def test_links_for_clones_point_into_the_package():
     """`configs/` and `convert/` are for users of a clone; there is one copy of each file."""
     for name in ("configs", "convert"):
         assert (ROOT / name).resolve() == PACKAGE / name
+
+
+def test_every_stop_of_the_walks_is_there():
+    stops = re.findall(r"`([\w/]+\.py):([\w.]+)`", (ROOT / "docs/walks.md").read_text())
+    assert len(stops) > 40
+    for file, name in stops:
+        nodes = ast.parse((PACKAGE / file).read_text()).body
+        for part in name.split("."):
+            named = (n for n in nodes if getattr(n, "name", None) == part)
+            found = next(named, None)
+            assert found is not None, f"{file}: no {name}"
+            nodes = found.body
