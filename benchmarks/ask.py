@@ -35,10 +35,9 @@ def main() -> int:
     engine = neo.engine(slots=1, max_length=1024, reuse_prefixes=False)
     for name in ("first (compiles)", "second"):
         start = time.perf_counter()
-        events = [
-            (time.perf_counter() - start, result) for _, _, result in engine.events([request])
-        ]
-        times, result = [seconds for seconds, _ in events], events[-1][1]
+        handle = engine.submit(request)
+        result = handle.result()
+        times = [at - start for at in handle.token_times]
         if result.error:
             print(result.error, file=sys.stderr)
             return 2

@@ -14,7 +14,6 @@ one free processor are several times slower than one.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import io
 import itertools
@@ -34,7 +33,6 @@ import neo_jax
 from benchmarks.random_checkpoint import write_checkpoint
 from benchmarks.reference import Official, Run, code_folder, model_inputs
 from neo_jax import InputError, Pipeline, Request, Sampling
-from neo_jax.infer.buckets import ROW, rows_for
 from neo_jax.infer.engine import Engine
 from neo_jax.model.neo import count_params
 from neo_jax.model_config import ModelConfig
@@ -88,7 +86,7 @@ class Ours:
         neo.tokenizer.turn_end_id = -1  # no early end
         self._neo, self._seeds, self._compiled = neo, itertools.count(), 0
         ids, _, _ = model_inputs(neo, longest.requests(0)[0])
-        self.max_length = ROW * rows_for(len(ids) + longest.new_tokens)
+        self.max_length = 64 * -(-(len(ids) + longest.new_tokens) // 64)
         jax.monitoring.register_event_duration_secs_listener(self._hear)
 
     def _hear(self, event: str, *_, **__) -> None:
@@ -103,19 +101,20 @@ class Ours:
                 return requests, run
 
     def _answered(self, engine: Engine, requests: list[Request]) -> Run | None:
-        """None as soon as something is compiled."""
-        token_ids, times = ([[] for _ in requests] for _ in range(2))
-        compiled, prompt_tokens, start = self._compiled, 0, time.perf_counter()
-        with contextlib.closing(engine.events(requests)) as events:
-            for index, answer, result in events:
-                if self._compiled > compiled:
-                    return None
-                if result and result.error:
-                    raise InputError(result.error)
-                token_ids[index].append(answer.token_ids[-1])
-                times[index].append(time.perf_counter() - start)
-                prompt_tokens += result.usage["prompt_tokens"] if result else 0
-        return Run(time.perf_counter() - start, prompt_tokens, token_ids, times)
+        """None if something was compiled."""
+        compiled, start = self._compiled, time.perf_counter()
+        handles = [engine.submit(request) for request in requests]
+        results = [handle.result() for handle in handles]
+        seconds = time.perf_counter() - start
+        if self._compiled > compiled:
+            return None
+        for result in results:
+            if result.error:
+                raise InputError(result.error)
+        prompt_tokens = sum(result.usage["prompt_tokens"] for result in results)
+        token_ids = [list(result.token_ids) for result in results]
+        times = [[at - start for at in handle.token_times] for handle in handles]
+        return Run(seconds, prompt_tokens, token_ids, times)
 
 
 class Measurements:

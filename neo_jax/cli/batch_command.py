@@ -7,7 +7,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import neo_jax
-from neo_jax.cli.model_options import add_model_options
+from neo_jax.cli.model_options import add_engine_options, add_model_options, engine_options
 from neo_jax.command_line import make_parser
 from neo_jax.infer import offline
 
@@ -20,8 +20,7 @@ def main(argv: list[str], prog: str) -> int:
     def serve(requests):
         # Loaded only once both files are checked, and not if nothing is left to ask.
         neo = neo_jax.load(args.model, dtype=args.dtype, weights=args.weights)
-        options = {"slots": args.slots, "max_length": args.max_length, "kv_dtype": args.kv_dtype}
-        yield from neo.serve(requests, **options)
+        yield from neo.serve(requests, **engine_options(args))
 
     def show(counts):
         bar.total, bar.n = counts.total, counts.kept + counts.written
@@ -57,13 +56,11 @@ def parse(argv: list[str], prog: str) -> argparse.Namespace:
     add = parser.add_argument
     add("source", metavar="IN.jsonl", help="a request per line; see neo_jax/infer/request_json.py")
     add("target", metavar="OUT.jsonl", help="an answer per line, as they finish")
-    add("--slots", type=int, default=8, help="requests that run at once")
-    add("--max-length", type=int, help="tokens of a prompt and its answer")
+    add_engine_options(parser)
     add("--retry-errors", action="store_true", help="ask again where it failed")
     add("--system", help="system prompt of requests that have none")
     add("--max-new-tokens", type=int, help="of requests that do not say; 512")
     add("--min-pixels", type=int, help="area of a resized image, at least")
     add("--max-pixels", type=int, help="area of a resized image, at most")
-    add("--kv-dtype", choices=("bfloat16", "float32", "int8"))
     add_model_options(parser)
     return parser.parse_args(argv)

@@ -6,11 +6,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import jax
 from tqdm import tqdm
 
 import neo_jax
-from neo_jax.cli.model_options import add_model_options
+from neo_jax.cli.model_options import add_engine_options, add_model_options, engine_options
 from neo_jax.command_line import make_parser
 from neo_jax.errors import InputError
 from neo_jax.eval.benchmarks import TABLE
@@ -28,7 +27,6 @@ example: %(prog)s --model DIR --bench mmstar,docvqa --data DATA --out RUN --limi
 name=value sets system, prefix, min_pixels, max_pixels, num_frames, fps, temperature, top_k, top_p,
 repetition_penalty, max_new_tokens, seed and so on, for all benchmarks of the run.
 """
-_CPU_LENGTH = 8192  # tokens; the engine's default on a CPU has no room for 4096 new ones
 
 
 def main(argv: list[str], prog: str) -> int:
@@ -44,9 +42,7 @@ def main(argv: list[str], prog: str) -> int:
     add("--score-only", action="store_true", help="score the predictions in RUN; no model")
     add("--retry-errors", action="store_true", help="ask the failed rows again")
     add("--list", action="store_true", help="the benchmarks and their files")
-    add("--slots", type=int, default=8, help="requests that run at the same time")
-    add("--max-length", type=int, help="tokens of a prompt and its answer")
-    add("--kv-dtype", choices=("bfloat16", "float32", "int8"))
+    add_engine_options(parser)
     add("--pod", action="store_true", help="one host of a pod; the cloud lists the others")
     add("settings", nargs="*", metavar="name=value")
     return run(parser.parse_args(argv))
@@ -92,11 +88,8 @@ def _server(args: argparse.Namespace, config: ModelConfig, hosts: Hosts):
             options = {"dtype": args.dtype, "weights": args.weights, "mesh": mesh}
             loaded.append(neo_jax.load(args.model, **options))
         (neo,) = loaded
-        length = args.max_length
-        if length is None and jax.default_backend() == "cpu":
-            length = min(_CPU_LENGTH, config.max_position_embeddings)
-        options = {"slots": args.slots, "max_length": length, "kv_dtype": args.kv_dtype}
-        return neo.serve(requests, **options)
+        largest = make_settings("image", args.preset, {}, args.settings).max_pixels
+        return neo.serve(requests, max_pixels=largest, **engine_options(args))
 
     return serve
 

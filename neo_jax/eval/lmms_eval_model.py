@@ -34,7 +34,7 @@ class NeoJax(lmms):
     Args:
       pretrained: a published directory or a checkpoint.
       dtype, weights: as of `neo_jax.load`.
-      slots, max_length, kv_dtype: as of `Engine`.
+      slots, max_length, pool_tokens, kv_dtype: as of `Engine`.
       min_pixels, max_pixels, system_prompt, max_new_tokens: for tasks that do not set them.
       **ignored: arguments that lmms-eval gives every model, such as a torch device.
     """
@@ -46,8 +46,9 @@ class NeoJax(lmms):
         pretrained: str,
         dtype: str = "bfloat16",
         weights: str | None = None,
-        slots: int = 8,
+        slots: int | None = None,
         max_length: int | None = None,
+        pool_tokens: int | None = None,
         kv_dtype: str | None = None,
         min_pixels: int = 65536,
         max_pixels: int = 4194304,
@@ -60,8 +61,9 @@ class NeoJax(lmms):
         if unknown := ignored.keys() - known:
             raise InputError(f"model_args {', '.join(sorted(unknown))}: there are no such settings")
         self._neo = neo_jax.load(pretrained, dtype=dtype, weights=weights)
-        length = None if max_length is None else int(max_length)
-        self._engine = {"slots": int(slots), "max_length": length, "kv_dtype": kv_dtype}
+        sizes = {"slots": slots, "max_length": max_length, "pool_tokens": pool_tokens}
+        self._engine = {name: size and int(size) for name, size in sizes.items()}
+        self._engine |= {"kv_dtype": kv_dtype}
         self._system = system_prompt
         self._defaults = {
             "min_pixels": int(min_pixels),

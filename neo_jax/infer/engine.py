@@ -71,8 +71,9 @@ class Engine:
         kv_dtype = kv_dtype or config.dtype
         if kv_dtype not in KV_DTYPES:
             raise InputError(f"kv_dtype {kv_dtype!r}: use one of {', '.join(KV_DTYPES)}")
-        given = {"slots": slots, "prefill_budget": prefill_budget, "workers": workers}
-        for name, value in (given | {"pool_tokens": pool_tokens}).items():
+        sizes = {"slots": slots, "max_length": max_length, "pool_tokens": pool_tokens}
+        sizes |= {"block_size": block_size, "prefill_budget": prefill_budget, "workers": workers}
+        for name, value in sizes.items():
             if value is not None and value < 1:
                 raise InputError(f"{name} must be 1 or more")
         devices = batch_rows(mesh)

@@ -17,6 +17,7 @@ import dataclasses
 import logging
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from collections.abc import Sequence as List
@@ -218,7 +219,8 @@ class EngineCore:
         return Entry(handle, ready, answer, sequence)
 
     def _take_tokens(self, landed: InFlight) -> None:
-        for token, sequence in landed.read():
+        tokens, now = landed.read(), time.perf_counter()
+        for token, sequence in tokens:
             entry = self.requests.find(sequence)
             if entry is None:  # it had ended before this token was known
                 self._scheduler.append(sequence, token, is_finished=True)
@@ -229,6 +231,7 @@ class EngineCore:
             except Exception as failure:  # of the tokenizer: it must not end the others
                 reason, error = "error", _text(failure)
             self._num_generated += 1
+            entry.handle.token_times.append(now)
             self._scheduler.append(sequence, token, is_finished=reason is not None)
             if reason:
                 self._finish(entry.handle, reason, error)

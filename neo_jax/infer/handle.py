@@ -19,11 +19,15 @@ class RequestHandle:
     """What `Engine.submit` returns.
 
     Iterating gives pieces of text, whose join is the result's text; `async for` does so too.
+
+    Attributes:
+      token_times: when each token of the answer was known, by `time.perf_counter`.
     """
 
     def __init__(self, request: Request, on_cancel: Callable[["RequestHandle"], None]):
         self.request = request
         self._on_cancel: Callable[[RequestHandle], None] | None = on_cancel
+        self.token_times: list[float] = []
         self._text, self._result = "", None
         self._changed = threading.Condition()
         self._listeners: list[Callable[[], None]] = []

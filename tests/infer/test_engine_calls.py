@@ -1,16 +1,19 @@
-"""Calls on one engine: one at a time, nothing mixed or lost, nothing prepared twice."""
+"""Calls of a pipeline on its engine: from many threads, nothing mixed or lost or prepared twice."""
 
-import weakref
+import dataclasses
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from helpers.golden import load_case, raises
+from helpers.model_engine import wait_for
 from neo_jax import Request, Sampling
 from neo_jax.infer import prepare
 
-OPTIONS = {"slots": 2, "max_length": 256}
+OPTIONS = {"slots": 2, "max_length": 256, "block_size": 32, "prefill_budget": 128}
 REQUESTS = [Request(f"Question {i}", sampling=Sampling(max_new_tokens=4 + i)) for i in range(4)]
 
 
@@ -29,69 +32,111 @@ def begun(neo):
     return stream
 
 
-def test_a_stream_that_was_left_makes_way_for_the_next_call(neo):
+def texts(results):
+    return [result.text for result in results]
+
+
+def test_a_stream_goes_on_beside_other_calls(neo):
     neo.engine(**OPTIONS)
-    alone = ask(neo)
-    for call in (
-        ask,
-        lambda neo: "".join(ask(neo, stream=True)),
-        lambda neo: (
-            neo.generate(
-                [Request("Say something else", sampling=Sampling(max_new_tokens=8))], **OPTIONS
-            )[0].text
-        ),
-    ):
-        left = begun(neo)
-        assert call(neo) == alone
-        with raises("later call has ended this answer"):
-            next(left)
+    alone, whole = ask(neo), neo.chat("How many boats are there?", max_new_tokens=30)
+    left = neo.chat("How many boats are there?", max_new_tokens=30, stream=True)
+    first = next(left)
+    assert ask(neo) == alone
+    request = Request("Say something else", sampling=Sampling(max_new_tokens=8))
+    assert texts(neo.generate([request], **OPTIONS)) == [alone]
+    assert "".join(ask(neo, stream=True)) == alone
+    assert first + "".join(left) == whole
 
 
-def test_a_stream_that_was_left_keeps_no_engine(neo):
-    engine = weakref.ref(neo.engine(**OPTIONS, reuse_prefixes=False))
-    left = begun(neo)
-    neo.engine(slots=1, max_length=256)
-    assert engine() is None
-    left.close()
-
-
-def test_streams_one_after_the_other_are_whole(neo):
-    neo.engine(**OPTIONS)
-    alone = ask(neo)
-    streams = [ask(neo, stream=True) for _ in range(2)]
-    assert ["".join(stream) for stream in streams] == [alone, alone]
-
-
-def test_a_call_amid_others_is_refused_and_they_go_on(neo):
-    alone = [result.text for result in neo.generate(REQUESTS, **OPTIONS)]
-    texts = {}
-    for number, result in neo.serve(REQUESTS, **OPTIONS):
-        texts[number] = result.text
-        with raises("still answering other requests: finish or close their iterator"):
-            ask(neo)
-        with raises("still answering other requests"):
-            neo.generate(REQUESTS, **OPTIONS)
-    assert [texts[number] for number in range(4)] == alone
+def test_a_stream_that_is_closed_ends_its_request(neo):
+    engine = neo.engine(**OPTIONS)
+    begun(neo).close()
+    wait_for(lambda: engine.stats()["running"] == engine.stats()["blocks_used"] == 0)
     assert ask(neo)
 
 
-def broken_requests():
-    yield REQUESTS[0]
-    raise ZeroDivisionError
+def test_an_engine_with_other_options_takes_the_place_of_the_last(neo):
+    first = neo.engine(**OPTIONS)
+    left = begun(neo)
+    assert neo.engine(**OPTIONS) is first
+    second = neo.engine(**OPTIONS | {"slots": 1})
+    assert first.is_closed
+    assert "".join(left)  # it was answered to its end before
+    assert neo.engine(**OPTIONS | {"slots": 1}) is second
+
+
+def test_a_prompt_too_long_for_the_engine_gets_a_larger_one(neo):
+    engine = neo.engine(**OPTIONS)
+    assert ask(neo)
+    neo.chat("x" * 80, max_new_tokens=200)
+    assert engine.is_closed
+    with raises("exceeds the model's context"):
+        neo.chat("x", max_new_tokens=10**6)
+
+
+def test_calls_from_many_threads_are_answered_each_for_itself(neo):
+    neo.engine(**OPTIONS)
+    alone = {n: neo.chat(f"Number {n % 5}?", max_new_tokens=6) for n in range(5)}
+    batch = texts(neo.generate(REQUESTS, **OPTIONS))
+
+    def call(n):
+        if n % 4 == 0:
+            return texts(neo.generate(REQUESTS, **OPTIONS)) == batch
+        if n % 4 == 1:
+            pieces = neo.chat(f"Number {n % 5}?", max_new_tokens=6, stream=True)
+            return "".join(pieces) == alone[n % 5]
+        if n % 4 == 2:
+            results = dict(neo.serve(REQUESTS, **OPTIONS))
+            return [results[number].text for number in range(4)] == batch
+        return neo.chat(f"Number {n % 5}?", max_new_tokens=6) == alone[n % 5]
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(call, range(40)))
+    assert neo.engine(**OPTIONS).stats()["blocks_used"] == 0
+
+
+def test_other_options_amid_an_iterator_are_refused_and_it_goes_on(neo):
+    alone = texts(neo.generate(REQUESTS, **OPTIONS))
+    found = {}
+    for number, result in neo.serve(REQUESTS, **OPTIONS):
+        found[number] = result.text
+        with raises("still answers other requests: finish or close their iterator"):
+            neo.generate(REQUESTS, **OPTIONS | {"slots": 1})
+        assert ask(neo)
+    assert [found[number] for number in range(4)] == alone
+    assert texts(neo.generate(REQUESTS, **OPTIONS | {"slots": 1})) == alone
 
 
 def test_an_engine_is_free_after_an_iterator_that_was_left_or_failed(neo):
+    def broken():
+        yield REQUESTS[0]
+        raise ZeroDivisionError
+
     with pytest.raises(ZeroDivisionError):
-        neo.generate(broken_requests(), **OPTIONS)
+        neo.generate(broken(), **OPTIONS)
     alone = ask(neo)
     with pytest.raises(ZeroDivisionError):
         for _ in neo.serve(REQUESTS, **OPTIONS):
             raise ZeroDivisionError
-    assert ask(neo) == alone
     answers = neo.serve(REQUESTS, **OPTIONS)
     next(answers)
     answers.close()
+    unused = neo.serve(REQUESTS, **OPTIONS)  # never begun
+    assert texts(neo.generate(REQUESTS[:1], **OPTIONS | {"slots": 1}))
     assert ask(neo) == alone
+    assert len(list(unused)) == len(REQUESTS)
+
+
+def test_a_pipeline_that_is_dropped_frees_its_engine(neo):
+    other = dataclasses.replace(neo, _engine=None, _options={}, _lock=threading.RLock())
+    engine = other.engine(**OPTIONS)
+    assert ask(other)
+    thread, runner = engine._core._thread, engine._runner
+    del other, engine
+    thread.join(20)
+    assert not thread.is_alive()
+    assert runner._state is None
+    assert runner._params is None
 
 
 @pytest.mark.parametrize("given", ["video", "images"])
