@@ -1,4 +1,4 @@
-"""Time and memory of loading a checkpoint and answering about one picture.
+"""Time and memory of loading a checkpoint and answering about one image.
 
 python -m benchmarks.ask /tmp/neo-2b photo.jpg
 """
@@ -19,7 +19,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("image", type=Path)
-    parser.add_argument("--question", default="What is in this picture?")
+    parser.add_argument("--question", default="What is in this image?")
     parser.add_argument("--max-new-tokens", type=int, default=16)
     parser.add_argument("--dtype", default="bfloat16")
     args = parser.parse_args()

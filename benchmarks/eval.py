@@ -28,7 +28,7 @@ import numpy as np
 import tqdm
 
 import neo_jax
-from benchmarks.infer import MID_SIZE, SIZES, limit_processors, random_picture
+from benchmarks.infer import MID_SIZE, SIZES, limit_processors, random_image
 from benchmarks.random_checkpoint import write_checkpoint
 from benchmarks.reference import Official, code_folder
 from neo_jax import InputError
@@ -53,14 +53,14 @@ def write_rows(folder: Path, workload: Workload, seed: int) -> None:
     """Writes a benchmark's file; the seed makes its images unique, so no prefix is reused."""
     rng = np.random.default_rng(seed)
     sizes = (SIZES[number % len(SIZES)] for number in range(workload.num_images))
-    images = [base64.b64encode(random_picture(rng, *size)).decode() for size in sizes]
+    images = [base64.b64encode(random_image(rng, *size)).decode() for size in sizes]
     with open(folder / workload.file, "w", newline="") as file:
         writer = csv.writer(file, delimiter="\t")
         writer.writerow(["index", "question", "A", "B", "C", "D", "answer", "image"])
         for number in range(ROWS):
             image = images[number * workload.num_images // ROWS]
             choices = [f"thing {letter}" for letter in "abcd"]
-            question = f"Is there a thing {10 + number} in this picture?"
+            question = f"Is there a thing {10 + number} in this image?"
             writer.writerow([number, question, *choices, "ABCD"[number % 4], image])
 
 

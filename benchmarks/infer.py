@@ -1,4 +1,4 @@
-"""Speed of inference: prefill, decode, prefix reuse, and many short answers about pictures.
+"""Speed of inference: prefill, decode, prefix reuse, and many short answers about images.
 
 python -m benchmarks.infer --quick
 python -m benchmarks.infer --reference VLMEvalKit
@@ -49,7 +49,7 @@ MID_SIZE = ModelConfig(
     dtype="float32",
 )
 SIZES = ((500, 520), (640, 384), (450, 310), (400, 260))  # 256, 240, 140 and 96 visual tokens
-QUESTION = "Question {}: what is at the left of this picture?"
+QUESTION = "Question {}: what is at the left of this image?"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,22 +57,22 @@ class Work:
     """Some requests, the first of which has the longest prompt."""
 
     questions: int
-    pictures: int
+    images: int
     new_tokens: int  # of each answer
 
     def requests(self, seed: int) -> list[Request]:
-        """Of the same lengths for each seed, about pictures that no other seed has."""
+        """Of the same lengths for each seed, about images that no other seed has."""
         rng = np.random.default_rng(seed)
-        sizes = itertools.islice(itertools.cycle(SIZES), self.pictures)
-        pictures = itertools.cycle([random_picture(rng, *size) for size in sizes])
+        sizes = itertools.islice(itertools.cycle(SIZES), self.images)
+        images = itertools.cycle([random_image(rng, *size) for size in sizes])
         sampling = Sampling(max_new_tokens=self.new_tokens)
         return [
-            Request(QUESTION.format(10 + number), [next(pictures)], sampling=sampling)
+            Request(QUESTION.format(10 + number), [next(images)], sampling=sampling)
             for number in range(self.questions)
         ]
 
 
-def random_picture(rng: np.random.Generator, width: int, height: int) -> bytes:
+def random_image(rng: np.random.Generator, width: int, height: int) -> bytes:
     colours = rng.integers(0, 256, (8, 8, 3), np.uint8)
     file = io.BytesIO()
     Image.fromarray(colours).resize((width, height)).save(file, "JPEG")
@@ -138,13 +138,13 @@ class Measurements:
             self._keep(f"prefill {slots}", run.seconds_per_prompt_token)
         self._compare("prefill", requests, run, lambda run: run.seconds_per_prompt_token)
         for slots in self._slots:
-            work = dataclasses.replace(self._works["decode"], questions=slots, pictures=slots)
+            work = dataclasses.replace(self._works["decode"], questions=slots, images=slots)
             requests, run = self._ours.run(work, slots)
             self._keep(f"decode {slots}", run.seconds_per_new_token)
         self._compare("decode", requests[:1], run, lambda run: run.seconds_per_new_token)
-        _, run = self._ours.run(self._works["one picture"], most, reuse=False)
-        self._keep("one picture, no reuse", run.seconds)
-        for name in ("one picture", "end to end"):
+        _, run = self._ours.run(self._works["one image"], most, reuse=False)
+        self._keep("one image, no reuse", run.seconds)
+        for name in ("one image", "end to end"):
             requests, run = self._ours.run(self._works[name], most)
             self._keep(name, run.seconds)
             self._compare(name, requests, run, lambda run: run.seconds)
@@ -171,7 +171,7 @@ class Measurements:
                 seconds = self.best[f"{name} {slots}"]
                 beside = self._beside(name, seconds, _rate)
                 print(f"{name:12} {slots:2} slots: {_rate(seconds)}{beside}")
-        for name in ("one picture", "end to end"):
+        for name in ("one image", "end to end"):
             work, seconds, extra = self._works[name], self.best[name], ""
             if anew := self.best.get(f"{name}, no reuse"):
                 extra = f"; without prefix reuse {_time(anew)}, ratio {anew / seconds:.2f}"
@@ -228,7 +228,7 @@ def run(args: argparse.Namespace, scratch: Path) -> None:
     if args.repetitions < 1:
         raise InputError(f"--repetitions {args.repetitions}: use 1 or more")
     if args.reference:
-        code_folder(args.reference)  # what is wrong is said before gigabytes are read
+        code_folder(args.reference)  # errors come before gigabytes are read
     if args.model is None:
         write_checkpoint(scratch, MID_SIZE, dtype="F32")
     neo = neo_jax.load(args.model or scratch, dtype=args.dtype)
@@ -236,7 +236,7 @@ def run(args: argparse.Namespace, scratch: Path) -> None:
     works = {
         "prefill": Work(16 // less, 16 // less, 1),
         "decode": Work(1, 1, 32 // less),
-        "one picture": Work(16 // less, 1, 8),
+        "one image": Work(16 // less, 1, 8),
         "end to end": Work(32 // less, 32 // less, 8),
     }
     ours, official = Ours(neo, works["decode"]), None

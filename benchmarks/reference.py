@@ -36,7 +36,7 @@ class Run:
 
 
 def model_inputs(neo: Pipeline, request: Request) -> tuple[list[int], np.ndarray, np.ndarray]:
-    """Token ids, pixel values and grids of a request about pictures."""
+    """Token ids, pixel values and grids of a request about images."""
     c, images = neo.config, request.images
     cut = [preprocess_image(image, c.min_pixels, c.max_pixels) for image in images]
     pixels, grids = (np.concatenate(arrays) for arrays in zip(*cut, strict=True))

@@ -44,8 +44,8 @@ def main(argv: list[str], prog: str) -> int:
         )
     if counts.failed:
         print(
-            f"{prog}: {counts.failed} of {counts.total} failed, their lines say why; mend them "
-            "and run again with --retry-errors",
+            f"{prog}: {counts.failed} of {counts.total} failed, their lines have the reason; mend "
+            "them and run again with --retry-errors",
             file=sys.stderr,
         )
     return 1 if counts.failed else 0
@@ -59,7 +59,7 @@ def parse(argv: list[str], prog: str) -> argparse.Namespace:
     add_engine_options(parser)
     add("--retry-errors", action="store_true", help="ask again where it failed")
     add("--system", help="system prompt of requests that have none")
-    add("--max-new-tokens", type=int, help="of requests that do not say; 512")
+    add("--max-new-tokens", type=int, help="of requests without their own; default 512")
     add("--min-pixels", type=int, help="area of a resized image, at least")
     add("--max-pixels", type=int, help="area of a resized image, at most")
     add_model_options(parser)

@@ -40,9 +40,9 @@ class NeoTokenizer:
     def __init__(self, tokenizer: Tokenizer, name: str):
         self._tokenizer = tokenizer
         wanted = (IMAGE_CONTEXT, IMAGE_START, IMAGE_END, TURN_START, TURN_END)
-        ids = {token: tokenizer.token_to_id(token) for token in wanted}
-        missing = [token for token, number in ids.items() if number is None]
-        if missing:
+        found = {token: tokenizer.token_to_id(token) for token in wanted}
+        ids = {token: number for token, number in found.items() if number is not None}
+        if missing := [token for token in wanted if token not in ids]:
             raise InputError(f"{name}: the tokenizer lacks {', '.join(missing)}: not NEO's")
         self.image_context_id = ids[IMAGE_CONTEXT]
         self.image_start_id = ids[IMAGE_START]

@@ -122,13 +122,13 @@ class Pipeline:
         stream: bool = False,
         **sampling: Any,
     ) -> str | Iterator[str]:
-        """Answers a question about pictures or a video.
+        """Answers a question about images or a video.
 
         Args:
-          question: with an `<image>` mark where each picture belongs, or without any: then the
-            one picture goes in front. A video always goes in front.
+          question: with an `<image>` mark where each image belongs, or without any: then the
+            one image goes in front. A video always goes in front.
           images: paths, encoded bytes, Pillow images or [H, W, 3] uint8 arrays; or one of them.
-          video: a file, a folder of pictures or a list of pictures; `video_options` are the
+          video: a file, a folder of images or a list of images; `video_options` are the
             arguments of `data.video.load_video`, such as num_frames or fps.
           history: earlier (question, answer) turns; their marks take the first images.
           system: system prompt.
@@ -138,7 +138,7 @@ class Pipeline:
             repetition_penalty, seed, stop and so on.
 
         Raises:
-          InputError: for an unreadable picture, marks that do not match the pictures, a setting
+          InputError: for an unreadable image, marks that do not match the images, a setting
             out of range, or a prompt that with its answer exceeds the model's context.
 
         May be called from many threads at once, as `generate` and `serve`.
@@ -156,7 +156,7 @@ class Pipeline:
             max_pixels=max_pixels,
             video_options=video_options or {},
         )
-        # Prepared here, so that what is wrong with it is said before the first piece.
+        # Prepared here, so that its errors are raised before the first piece.
         prepared = self._prepare(request)
         needed = len(prepared.prefix_ids) + request.sampling.max_new_tokens
         handle = self._submit(request, prepared, needed)
@@ -180,7 +180,7 @@ class Pipeline:
         Requests are taken from the iterable as they are needed, by a thread of its own. Closing the
         iterator cancels what is unfinished.
         """
-        self.engine(**engine_options)  # so that what is wrong with them is said now
+        self.engine(**engine_options)  # so that their errors are raised now
         return self._serve(requests, engine_options)
 
     def _serve(
@@ -199,7 +199,7 @@ class Pipeline:
           InputError: when it does not fit, or while an engine with other options has work to do.
         """
         with self._lock:
-            if not self._has_engine or self._options != options:
+            if self._engine is None or self._engine.is_closed or self._options != options:
                 if self._engine is not None:
                     self._engine.retire()  # first, so that the memory of its pool is free
                     self._engine = None
@@ -209,10 +209,6 @@ class Pipeline:
                 )
                 self._options = options
             return self._engine
-
-    @property
-    def _has_engine(self) -> bool:
-        return self._engine is not None and not self._engine.is_closed
 
     def _submit(self, request: Request, prepared: Prepared, needed: int) -> RequestHandle:
         """Gives a request to the kept engine if it fits there, or else to a new one."""
@@ -225,7 +221,7 @@ class Pipeline:
             )
         with self._lock:
             engine = self._engine
-            if not self._has_engine or engine.max_length < needed:
+            if engine is None or engine.is_closed or engine.max_length < needed:
                 engine = self.engine(max_length=min(padded_length(needed), limit))
             return engine.submit(request, lambda _: prepared)
 
@@ -291,6 +287,6 @@ def _sampling(fields: Mapping[str, Any]) -> Sampling:
 
 def _use_compilation_cache() -> None:
     """Keeps compiled programs on disk, unless the user chose a place for them."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(base, "neo_jax"))

@@ -13,19 +13,19 @@ from neo_jax.infer.sampling import Sampling
 class Request:
     """One question, with what it is about."""
 
-    prompt: str = ""  # with an <image> mark where each picture belongs, or none for one picture
+    prompt: str = ""  # with an <image> mark where each image belongs, or none for one image
     images: Sequence[ImageSource] = ()  # paths, encoded bytes, Pillow images, [H, W, 3] uint8
-    video: VideoSource | None = None  # a file, a folder of pictures, or a list of pictures
+    video: VideoSource | None = None  # a file, a folder of images, or a list of images
     history: Sequence[tuple[str, str]] | None = None  # earlier (question, answer) turns
     system: str = ""  # system prompt
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     min_pixels: int | None = None  # of each resized image; default: the checkpoint's
     max_pixels: int | None = None
     video_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of `load_video`
-    # Makes the prompt of a video's frames and the question; with it, pictures may follow the
+    # Makes the prompt of a video's frames and the question; with it, images may follow the
     # frames. Default: `data.video.video_prompt`.
     lay_out: Callable[[Video, str], str] | None = None
-    num_upscaled: int = 0  # so many pictures have their sides doubled before they are resized
+    num_upscaled: int = 0  # so many images have their sides doubled before they are resized
 
 
 @dataclasses.dataclass(frozen=True)

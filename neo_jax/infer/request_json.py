@@ -1,4 +1,4 @@
-"""Requests as JSON objects, one a line: every field is checked, and what is wrong is said."""
+"""Requests as JSON objects, one per line. Every field is checked; errors name it."""
 
 import difflib
 import hashlib
@@ -31,7 +31,7 @@ class Record(typing.NamedTuple):
 
     line: int  # number, from 1
     id: str | int  # the line's number as text if it has none; "line 7" if 7 cannot be read
-    key: str  # digest of what decides the answer, the contents of pictures aside
+    key: str  # digest of what decides the answer, the contents of images aside
     meta: object  # the user's own
     request: Request | None
     error: str | None  # why there is no request
@@ -124,14 +124,14 @@ def _without_messages(fields: Mapping) -> dict:
         return rest
     if rest.keys() & {"prompt", "history", "system"}:
         raise InputError("give messages, or prompt, history and system, not both")
-    said = rest.pop("messages")
-    if any(message.keys() != {"role", "content"} for message in said):
-        raise InputError("messages: give each a role and a content; pictures go into images")
-    if said and said[0]["role"] == "system":
-        rest["system"], said = said[0]["content"], said[1:]
-    texts = [message["content"] for message in said]
-    turns = (["user", "assistant"] * len(said))[: len(said)]
-    if len(said) % 2 == 0 or [message["role"] for message in said] != turns:
+    messages = rest.pop("messages")
+    if any(message.keys() != {"role", "content"} for message in messages):
+        raise InputError("messages: give each a role and a content; images go into images")
+    if messages and messages[0]["role"] == "system":
+        rest["system"], messages = messages[0]["content"], messages[1:]
+    texts = [message["content"] for message in messages]
+    turns = (["user", "assistant"] * len(messages))[: len(messages)]
+    if len(messages) % 2 == 0 or [message["role"] for message in messages] != turns:
         raise InputError("messages: system, if any, then user and assistant in turn, user last")
     rest["prompt"] = texts.pop()
     if texts:

@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -40,8 +41,9 @@ class Sampling:
 
     def __post_init__(self):
         def check(name: str, kind: type, low: float, high: float, allowed: str) -> None:
-            value = getattr(self, name)
-            if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
+            value: Any = getattr(self, name)
+            is_number = isinstance(value, kind) and not isinstance(value, bool)
+            if not is_number or not low <= cast(float, value) <= high:
                 raise InputError(f"{name} is {value!r}: use {allowed}")
 
         check("temperature", Real, 1e-6 if self.temperature else 0, 1e6, "0 or from 1e-6 to 1e6")

@@ -93,11 +93,11 @@ def test_an_image_that_differs_at_its_end_shares_nothing_of_its_beginning(model)
 
 
 def test_a_conversation_goes_on_from_its_cache(model):
-    neo, picture = model(1, 1, 1), image(2, 256, 256)
-    question = Request("<image>\nWhat?", [picture], sampling=Sampling(max_new_tokens=40))
+    neo, photo = model(1, 1, 1), image(2, 256, 256)
+    question = Request("<image>\nWhat?", [photo], sampling=Sampling(max_new_tokens=40))
     (first,) = neo.generate([question], **OPTIONS)
     follow = Request(
-        "And now?", [picture], history=[(question.prompt, first.text)], sampling=SHORT
+        "And now?", [photo], history=[(question.prompt, first.text)], sampling=SHORT
     )  # fmt: skip
     (second,) = neo.generate([follow], **OPTIONS)
     assert second.usage["cached_tokens"] >= (first.usage["prompt_tokens"] - 1) // 32 * 32 > 0

@@ -167,4 +167,4 @@ def test_context_overflow_names_the_numbers():
         neo.chat("Hello", temprature=1.0)
     (result,) = neo.generate([Request("Hello")], slots=1, max_length=256)
     assert result.finish_reason == "error"
-    assert "max_new_tokens=512 that exceeds the context of 256" in result.error
+    assert "max_new_tokens=512 that exceeds the 256 tokens that fit" in result.error

@@ -11,7 +11,7 @@ from neo_jax.data.example import Example
 from neo_jax.infer import intake
 from neo_jax.infer.handle import RequestHandle
 from neo_jax.infer.intake import Intake
-from neo_jax.infer.prepare import Picture, Prepared, _Once
+from neo_jax.infer.prepare import Prepared, PreparedImage, _Once
 from neo_jax.infer.request import Result
 
 
@@ -102,25 +102,26 @@ def test_what_was_cancelled_is_not_prepared(queue):
 def test_pictures_are_kept_within_a_bound_of_bytes():
     made, once = [], _Once(25)
 
-    def picture(key):
+    def image(key):
         def make():
             made.append(key)
-            return Picture(np.zeros(10 if key != "large" else 100, np.uint8), np.zeros((1, 2)), 0)
+            patches = np.zeros(10 if key != "large" else 100, np.uint8)
+            return PreparedImage(patches, np.zeros((1, 2)), 0)
 
         return once(key, make)
 
-    first = picture("a")
-    assert picture("a") is first
-    picture("b")
-    picture("a")  # so that b is the least recently used
-    picture("c")
-    picture("a")
-    picture("b")
+    first = image("a")
+    assert image("a") is first
+    image("b")
+    image("a")  # so that b is the least recently used
+    image("c")
+    image("a")
+    image("b")
     assert made == ["a", "b", "c", "b"]
     for _ in range(2):
-        assert len(picture("large").patches) == 100
+        assert len(image("large").patches) == 100
     assert made[4:] == ["large", "large"]
-    picture("a")
+    image("a")
     assert made[6:] == ["a"]
 
 
@@ -132,7 +133,7 @@ def test_a_picture_that_two_ask_for_is_made_once_and_one_that_fails_again():
         may_go_on.wait()
         if len(calls) == 1:
             raise OSError("broken off")
-        return Picture(np.zeros(1, np.uint8), np.zeros((1, 2)), 0)
+        return PreparedImage(np.zeros(1, np.uint8), np.zeros((1, 2)), 0)
 
     errors, threads = [], []
 
