@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from neo_jax.kernels import (
     cache_blocks,
-    decode_attention,
     norm_rope,
     pallas_backward,
+    pallas_decode,
     pallas_forward,
 )
 from neo_jax.kernels.flash import BLOCKS
@@ -33,7 +33,7 @@ STREAM_BLOCK = norm_rope.ROWS * norm_rope.MAX_HEADS * 2 * norm_rope.LANES
 STREAMED = {f"{norm_rope.NAME}_forward": 2, f"{norm_rope.NAME}_backward": 3}
 
 # Kernels that move parts of the stacks of caches, as fast as memory gives and takes them.
-MOVING = (decode_attention.NAME, cache_blocks.NAME, cache_blocks.READ_NAME)
+MOVING = (pallas_decode.NAME, cache_blocks.NAME, cache_blocks.READ_NAME)
 
 
 def moved_bytes(one: Instruction, operands: Sequence[Instruction]) -> int:
@@ -49,7 +49,7 @@ def moved_bytes(one: Instruction, operands: Sequence[Instruction]) -> int:
     if cache_blocks.READ_NAME in one.name:
         values = next(array for array in arrays if len(array.shape) >= 4)
         return rest + results + math.prod(one.arrays[0].shape) * _itemsize(values)
-    if decode_attention.NAME in one.name:
+    if pallas_decode.NAME in one.name:
         stacks = [array for array in arrays if len(array.shape) >= 4]
         return rest + results + sum(array.bytes // array.shape[0] for array in stacks)
     return sum(array.bytes for array in arrays) + results

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from neo_jax.kernels import decode_attention as module
+from neo_jax.kernels import pallas_decode
 from neo_jax.kernels.decode_attention import decode_attention
 from neo_jax.model import kv_cache
 from neo_jax.sharding import batch_rows, make_mesh, put
@@ -54,7 +55,7 @@ def definition(q, exact, layer, tables, ends, scale, devices):
 @pytest.mark.parametrize("kernel", [None, True], ids=["xla", "kernel"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_decoding_is_the_definition_over_the_lanes_blocks(dtype, kernel, mesh, monkeypatch):
-    monkeypatch.setattr(module, "KERNEL_TOKENS", 256)
+    monkeypatch.setattr(pallas_decode, "TOKENS", 256)
     monkeypatch.setattr(module, "TOKENS", 256)
     rng, mesh = np.random.default_rng(3), make_mesh(mesh)
     devices, scale = batch_rows(mesh), 0.1
