@@ -18,6 +18,7 @@ import logging
 import queue
 import threading
 import time
+import traceback
 import weakref
 from collections.abc import Callable
 from collections.abc import Sequence as List
@@ -131,7 +132,7 @@ class EngineCore:
                     is_idle = not (self._is_stopped or self._step())
                     self._stats = self._scheduler.stats()
         except BaseException as error:  # nobody may wait for a thread that has ended
-            _LOG.exception("the engine stops")
+            _LOG.error("the engine stops\n%s", traceback.format_exc())
             failure = f"the engine has stopped, make another with neo.engine(...): {_text(error)}"
         self._end_all(failure)
 
@@ -157,7 +158,8 @@ class EngineCore:
                 self._take_tokens(self._in_flight[0])
                 self._in_flight.popleft()
         except ProgramError as error:
-            _LOG.exception("a device program failed")
+            # Text, because a log that keeps the error would keep the old state alive.
+            _LOG.error("a device program failed\n%s", traceback.format_exc())
             failed = error.sequences, f"a device program failed: {error}"
         if failed:  # now that the error is gone, whose frames hold what is left of the state
             self._recover(*failed)
