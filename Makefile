@@ -18,7 +18,7 @@ test: $(READY)
 test-fast: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-# What is said of TPUs, asked of their compiler again: the kernels' cycles and a whole step. Minutes.
+# Asks the TPU compiler again: the kernels' cycles and a whole step. Takes minutes.
 tpu: $(READY)
 	$(BIN)/python -m pip install --quiet --editable '.[plan]'
 	$(BIN)/python -m benchmarks.kernel_cycles

@@ -54,12 +54,12 @@ def run(args: argparse.Namespace) -> int:
             print(f"{one.name:15} {one.group:8} {one.files[0]:26} {one.source}")
         return 0
     if args.out is None:
-        raise InputError("say where the run goes: --out RUN")
+        raise InputError("give --out RUN, the folder for predictions and the report")
     if args.score_only:
         return _print_summary(score_run(args.out), args.out)
     for name in ("model", "data", "bench"):
         if not getattr(args, name):
-            raise InputError(f"say --{name}, or --score-only for answers that are there")
+            raise InputError(f"give --{name}, or --score-only for answers that are there")
     if args.limit is not None and args.limit < 1:
         raise InputError(f"--limit {args.limit}: use 1 or more")
     make_settings("image", args.preset, {}, args.settings)  # reports bad settings first

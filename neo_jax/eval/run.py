@@ -37,7 +37,7 @@ class Plan:
           InputError: for an unknown benchmark, a missing dataset, or a bad setting.
         """
         if self.data is None:
-            raise InputError("say where the benchmarks' files are: --data DIR")
+            raise InputError("give --data DIR, the folder with the benchmarks' files")
         benchmarks = choose(self.names)
         if self.data.is_file() and len(benchmarks) > 1:
             raise InputError(f"{self.data}: one file, but {len(benchmarks)} benchmarks")

@@ -22,7 +22,7 @@ def test_ask_prints_the_answer(capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected"),
     [
         (["--model", "/absent"], "/absent: no such directory"),
         (["--model", MODEL, "--image", "/absent.jpg"], "image /absent.jpg: no such file"),
@@ -31,11 +31,11 @@ def test_ask_prints_the_answer(capsys):
         (["--model", MODEL, "--image", IMAGE, *HUGE], "more than the context of 40960"),
     ],
 )
-def test_bad_input_gives_one_line_and_code_2(arguments, said, capsys):
+def test_bad_input_gives_one_line_and_code_2(arguments, expected, capsys):
     assert infer.main(["ask", *arguments, "<image>" if "--image" in arguments else "Hi"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert said in err
+    assert expected in err
     assert err.startswith("infer.py: ")
     assert err.count("\n") == 1
 

@@ -129,7 +129,7 @@ def test_bad_input_gives_one_line_and_code_2(data_set, capsys, monkeypatch):
     good = folder / "a.jsonl"
     before = good.read_bytes()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    for arguments, said in (
+    for arguments, expected in (
         ([folder / "absent.jsonl"], "absent.jsonl: no such file"),
         ([good, "--tokenizer", "/absent"], "/absent"),
         ([good, "--bad", folder / "x/y"], "x/y: cannot write: No such file"),
@@ -141,7 +141,7 @@ def test_bad_input_gives_one_line_and_code_2(data_set, capsys, monkeypatch):
         out, err = capsys.readouterr()
         assert out == ""
         assert err.startswith("neo-ov: ")
-        assert said in err
+        assert expected in err
         assert err.count("\n") == 1
     assert good.read_bytes() == before
 

@@ -52,8 +52,8 @@ def test_a_bad_element_spoils_no_other(tmp_path):
     records = open_records(str(tmp_path / "a.json"))
     assert len(records) == 8
     assert (records[0]["id"], records[5]["id"]) == (1, 2)
-    for index, said in ((1, "not int"), (2, "not str"), (3, "JSON"), (4, "JSON"), (6, "JSON")):
-        with raises(said):
+    for index, expected in ((1, "not int"), (2, "not str"), (3, "JSON"), (4, "JSON"), (6, "JSON")):
+        with raises(expected):
             records[index]
     with raises("not list"):
         records[7]
@@ -64,11 +64,11 @@ def test_a_bad_line_spoils_no_other(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\n".join(lines))
     records = open_records(str(tmp_path / "a.jsonl"))
     assert (records[0]["id"], records[5]["id"]) == (1, 2)
-    for index, said in (
+    for index, expected in (
         (1, "not JSON"),
         (2, "not list"),
         (3, "not JSON: .*utf-8"),
         (4, "not JSON"),
     ):
-        with raises(said):
+        with raises(expected):
             records[index]

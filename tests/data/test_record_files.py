@@ -117,10 +117,10 @@ def tfds_builder():
 
         def _generate_examples(self):
             for number, record in enumerate(WANTED):
-                said = record["conversations"]
-                asked, answer = said[0]["value"], said[1]["value"]
-                text = {"conversations": json.dumps(said)}
-                own = {"turns": {"conversations": said}, "text": text}
+                turns = record["conversations"]
+                asked, answer = turns[0]["value"], turns[1]["value"]
+                text = {"conversations": json.dumps(turns)}
+                own = {"turns": {"conversations": turns}, "text": text}
                 own["asked"] = {"question": asked, "answers": ["other", answer, answer]}
                 yield number, own[self.builder_config.name] | {"images": record["images"]}
 
@@ -237,10 +237,10 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_file_is_named(name, tmp_path):
-    content, said = BROKEN[name]
+    content, expected = BROKEN[name]
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with raises(f"^{tmp_path}/{name}: ", said):
+    with raises(f"^{tmp_path}/{name}: ", expected):
         open_records(f"{tmp_path}/{name}")
 
 
@@ -276,14 +276,14 @@ def test_damage_after_opening_is_said(tmp_path):
 def test_a_prepared_set_is_named_with_what_is_wrong(tmp_path):
     write_tfds(tmp_path, "text")
     known = f"data_dir={tmp_path}"
-    for name, said in (
+    for name, expected in (
         (f"tfds:absent?{known}", "Could not find dataset files for: absent"),
         (f"tfds:neo_records/absent?{known}", "Could not find dataset files"),
         (f"tfds:neo_records/text:test?{known}", "Unknown split 'test'"),
         (f"tfds:neo_records/text:train[?{known}", "Error parsing split"),
         ("tfds:", "write tfds:NAME"),
     ):
-        with raises("^" + name.replace("?", r"\?").replace("[", r"\["), said):
+        with raises("^" + name.replace("?", r"\?").replace("[", r"\["), expected):
             open_records(name)
     part = open_records(f"tfds:neo_records/text:1.0.0:train[2:4]?{known}")
     assert seen(part) == WANTED[2:4]

@@ -129,9 +129,9 @@ def test_the_command_says_what_is_wrong(data, tmp_path, capsys):
     out = str(tmp_path / "run")
     model, where = ["--model", str(MODEL)], ["--data", str(data), "--out", out]
     for line, message in (
-        ([], "say where the run goes: --out RUN"),
-        (["--out", out], "say --model"),
-        ([*model, *where], "say --bench"),
+        ([], "give --out RUN"),
+        (["--out", out], "give --model"),
+        ([*model, *where], "give --bench"),
         ([*model, *where, "--bench", "mmstr"], "no benchmark 'mmstr'"),
         ([*model, *where, "--bench", "docvqa"], "nothing there for docvqa"),
         ([*model, *where, "--bench", "mmstar", "--limit", "0"], "--limit 0: use 1 or more"),

@@ -32,7 +32,7 @@ run_batch(source, target, serve)
 """
 
 
-def said(request):
+def answer_text(request):
     """What `serve` answers: it depends on all of the request."""
     return f"{request.prompt} 回 {zlib.crc32(repr(request).encode())}"
 
@@ -52,7 +52,7 @@ def serve(requests, window=7):
 def answered(request):
     if "fail" in request.prompt:
         return Result("", (), "error", {}, "image x.png: no such file")
-    return Result(said(request), (len(request.prompt), 7), "stop", {"prompt_tokens": 3})
+    return Result(answer_text(request), (len(request.prompt), 7), "stop", {"prompt_tokens": 3})
 
 
 def unasked(requests):

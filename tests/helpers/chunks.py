@@ -10,7 +10,7 @@ from neo_jax.sharding import batch_rows, put
 
 
 @dataclasses.dataclass(frozen=True)
-class Chunk:
+class PromptChunk:
     """Tokens [start, stop) of a sequence whose blocks are on a device of the batch axes."""
 
     example: Example
@@ -20,7 +20,9 @@ class Chunk:
     device: int = 0
 
 
-def lay_out(chunks: list[Chunk], rows: int, size: int, context: int, mesh) -> tuple[dict, dict]:
+def lay_out(
+    chunks: list[PromptChunk], rows: int, size: int, context: int, mesh
+) -> tuple[dict, dict]:
     """batch and where for `Neo.prefill`, and the number of the last row of each chunk.
 
     Args:

@@ -22,7 +22,7 @@ def answer_to(text, stop_ids=(), **settings):
 
 
 @pytest.mark.parametrize(
-    ("said", "stop", "text"),
+    ("expected", "stop", "text"),
     [
         ("one END two", "END", "one "),
         ("one ENEND two", ("x", "END"), "one EN"),
@@ -32,8 +32,8 @@ def answer_to(text, stop_ids=(), **settings):
         ("aé", "é", "a"),
     ],
 )
-def test_a_stop_text_ends_the_answer_across_tokens_and_is_no_part_of_it(said, stop, text):
-    answer = answer_to(said, stop=stop)
+def test_a_stop_text_ends_the_answer_across_tokens_and_is_no_part_of_it(expected, stop, text):
+    answer = answer_to(expected, stop=stop)
     assert (answer.text, answer.finish_reason) == (text, "stop")
 
 
@@ -101,8 +101,8 @@ def test_lists_and_tables_are_not_repeating():
 
 
 def test_repetition_ends_the_answer_only_if_asked():
-    said = "It is a loop. " * 200
-    answer = answer_to(said, stop_on_repetition=True, max_new_tokens=10**6)
+    expected = "It is a loop. " * 200
+    answer = answer_to(expected, stop_on_repetition=True, max_new_tokens=10**6)
     assert answer.finish_reason == "repetition"
     assert 1024 <= len(answer.token_ids) <= 1024 + 14 + sm.REPETITION_INTERVAL
-    assert answer_to(said, max_new_tokens=10**6).finish_reason is None
+    assert answer_to(expected, max_new_tokens=10**6).finish_reason is None

@@ -107,9 +107,9 @@ def test_a_bad_request_gets_an_error_and_the_rest_go_on(model):
     }
     requests = [item for request in bad.values() for item in (request, good)]
     results = model(1, 1, 1).generate(requests, **OPTIONS)
-    for said, failed, answered in zip(bad, results[::2], results[1::2], strict=True):
+    for expected, failed, answered in zip(bad, results[::2], results[1::2], strict=True):
         assert failed.finish_reason == "error"
-        assert said in failed.error
+        assert expected in failed.error
         assert answered.error is None
         assert answered.token_ids == results[1].token_ids
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from helpers.chunks import Chunk, lay_out
+from helpers.chunks import PromptChunk, lay_out
 from helpers.golden import GOLDEN, arrays, load_case, raises, read_json
 from neo_jax import Request, Sampling
 from neo_jax.data.example import make_example
@@ -37,7 +37,7 @@ def step_logits(neo, example, tokens, kv_dtype="float32", cuts=(), size=64):
         state = programs.new_state(c, neo.params, 2, 2 + len(blocks), len(blocks), kv_dtype, size)
         pool, start = state["pool"], 0
         for stop in (*cuts, len(example.tokens)):
-            chunk = Chunk(example, blocks, start, stop, devices - 1)
+            chunk = PromptChunk(example, blocks, start, stop, devices - 1)
             rows = -(-stop // size) - start // size + 1
             context = len(blocks) + 1 if start else 0
             batch, where, (last,) = lay_out([chunk], rows, size, context, mesh)

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from helpers.batch_runs import (
+    answer_text,
     answered,
     ask,
     read_lines,
     run_and_kill,
-    said,
     serve,
     unasked,
     write_lines,
@@ -42,7 +42,7 @@ def test_five_kills_lose_and_double_nothing(tmp_path):
     assert target.read_bytes().startswith(before)
     asked = {name: Request("ask " + name, sampling=Sampling(seed=i)) for name, i in seeds.items()}
     answers = {name: line["text"] for name, line in read_lines(target).items()}
-    assert answers == {name: said(request) for name, request in asked.items()}
+    assert answers == {name: answer_text(request) for name, request in asked.items()}
 
 
 def test_a_file_cut_anywhere_goes_on(tmp_path, monkeypatch):
@@ -64,7 +64,7 @@ def test_an_answer_says_all_there_is(tmp_path):
     line = json.loads(raw)
     key = line.pop("key")
     assert len(key) == 16
-    assert line.pop("text") == said(Request("a"))
+    assert line.pop("text") == answer_text(Request("a"))
     usage = {"prompt_tokens": 3, "cached_tokens": 0, "completion_tokens": 0}
     assert line == {
         "id": 5,
@@ -96,7 +96,10 @@ def test_errors_are_kept_or_retried(tmp_path):
     assert counts == Counts(total=4, kept=2, failed=0, written=2)
     after = read_lines(target)
     assert (after["1"], after["4"]) == (before["1"], before["4"])
-    assert (after["2"]["text"], after["x"]["text"]) == (said(Request("c")), said(Request("d")))
+    assert (after["2"]["text"], after["x"]["text"]) == (
+        answer_text(Request("c")),
+        answer_text(Request("d")),
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
 
 

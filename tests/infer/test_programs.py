@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from helpers.chunks import Chunk, lay_out
+from helpers.chunks import PromptChunk, lay_out
 from helpers.golden import arrays, load_case
 from neo_jax import Sampling
 from neo_jax.data.example import make_example
@@ -82,7 +82,7 @@ def test_the_official_tokens_in_lanes_of_one_pool(mesh, penalty):
         device = number % run.devices
         blocks = [int(free[device].pop()) for _ in range(MAX_BLOCKS)]
         example = make_example(*prompt, neo.tokenizer)
-        chunks.append(Chunk(example, blocks, 0, len(example.tokens), device))
+        chunks.append(PromptChunk(example, blocks, 0, len(example.tokens), device))
         lanes.append(LANES - 1 - number)
     # What a lane's last request has seen is no concern of the next one's.
     for one, lane in zip(chunks, lanes, strict=True):
@@ -117,7 +117,7 @@ def test_a_sequence_goes_on_in_other_blocks_after_it_was_preempted(mesh):
     for start, end in itertools.pairwise(cuts):
         if end == stop:
             run.set_seen(device, 1, wanted[:known])
-        chunk = Chunk(example, blocks, start, end, device)
+        chunk = PromptChunk(example, blocks, start, end, device)
         context = len(blocks) if start else 0
         (token,) = run.prefill([chunk], 6, context, [1], known, settings, end == stop)
     answer, lane = [token], device * LANES + 1

@@ -1,10 +1,10 @@
-"""A line of a batch to a Request: what it may say, and what is wrong with it."""
+"""A line of a batch to a Request: the fields that it may have, and what is wrong with it."""
 
 import json
 
 import pytest
 
-from helpers.batch_runs import answered, read_lines, said, serve, write_lines
+from helpers.batch_runs import answer_text, answered, read_lines, serve, write_lines
 from helpers.golden import raises
 from neo_jax.infer.offline import Counts, run_batch
 from neo_jax.infer.request import Request
@@ -58,9 +58,9 @@ def test_a_record_comes_to_a_request(tmp_path):
 
 
 def test_messages_are_a_prompt_with_history(tmp_path):
-    def request(*said, **fields):
+    def request(*texts, **fields):
         roles = {"s": "system", "u": "user", "a": "assistant"}
-        messages = [{"role": roles[text[0]], "content": text} for text in said]
+        messages = [{"role": roles[text[0]], "content": text} for text in texts]
         return request_of({"messages": messages, **fields}, tmp_path)
 
     assert request("u") == Request("u")
@@ -110,8 +110,8 @@ def test_a_bad_record_fails_and_the_rest_go_on(line, error, tmp_path):
     assert counts == Counts(total=3, kept=0, failed=1, written=3)
     failed, *others = sorted(read_lines(tmp_path / "out.jsonl").values(), key=lambda x: x["text"])
     assert [(line["id"], line["text"]) for line in others] == [
-        ("1", said(Request("a"))),
-        ("4", said(Request("b"))),
+        ("1", answer_text(Request("a"))),
+        ("4", answer_text(Request("b"))),
     ]
     assert failed["id"] in ("3", "line 3")
     assert failed["finish_reason"] == "error"

@@ -34,11 +34,11 @@ def run(step, rows, *by_row, mesh=(1, 1, 1), vocab=None):
     """`step` of logits [B, V], seen [B, V], settings and, if it draws, index [B]."""
     mesh = make_mesh(mesh)
     logits_bv, seen_bv, *index_b = by_row
-    on_device = {name: put(x, mesh, "batch") for name, x in sm.row_settings(rows).items()}
+    placed = {name: put(x, mesh, "batch") for name, x in sm.row_settings(rows).items()}
     logits_bv = put(np.asarray(logits_bv, np.float32), mesh, "batch", vocab)
     index_b = [put(np.asarray(x, np.int32), mesh, "batch") for x in index_b]
     with jax.set_mesh(mesh):
-        return np.asarray(step(logits_bv, put(seen_bv, mesh, "batch", None), on_device, *index_b))
+        return np.asarray(step(logits_bv, put(seen_bv, mesh, "batch", None), placed, *index_b))
 
 
 def draw(rows, logits_bv, index_b, mesh=(1, 1, 1), vocab=None):

@@ -155,8 +155,8 @@ def test_same_logits_on_a_2x2x2_mesh(name):
 
 def test_bytes_normalised_on_the_device_as_on_the_host():
     every_byte = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 768, axis=1)
-    on_device = jax.jit(patch_embed.normalise)(every_byte)
-    assert_close(on_device, normalise(every_byte), 5e-7)
+    found = jax.jit(patch_embed.normalise)(every_byte)
+    assert_close(found, normalise(every_byte), 5e-7)
 
 
 def test_bfloat16_answers_alike():

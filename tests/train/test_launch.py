@@ -62,15 +62,15 @@ def test_a_run_starts_on_all_hosts_and_stop_ends_it_itself(hosts):
 def test_the_log_is_the_first_hosts(hosts):
     for number, host in enumerate(hosts):
         (host / "neo_jax/run.log").write_text(f"old\nhost {number}\n")
-    said = subprocess.run([SCRIPT, "log", "1"], check=True, capture_output=True, text=True)
-    assert said.stdout.startswith("host 0\n")
+    ended = subprocess.run([SCRIPT, "log", "1"], check=True, capture_output=True, text=True)
+    assert ended.stdout.startswith("host 0\n")
 
 
 def test_help_and_what_is_missing(hosts, monkeypatch):
-    said = subprocess.run([SCRIPT], capture_output=True, text=True)
-    assert said.returncode == 2
-    assert "scripts/tpu.sh run train.py" in said.stdout
+    ended = subprocess.run([SCRIPT], capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert "scripts/tpu.sh run train.py" in ended.stdout
     monkeypatch.delenv("ZONE")
-    said = subprocess.run([SCRIPT, "stop"], capture_output=True, text=True)
-    assert said.returncode == 1
-    assert "ZONE" in said.stderr
+    ended = subprocess.run([SCRIPT, "stop"], capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert "ZONE" in ended.stderr
