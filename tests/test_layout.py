@@ -4,6 +4,7 @@ import ast
 import re
 from collections import Counter
 
+import neo_jax
 from helpers.golden import ROOT
 
 PACKAGE = ROOT / "neo_jax"
@@ -80,3 +81,9 @@ def test_every_stop_of_the_walks_is_there():
             found = next(named, None)
             assert found is not None, f"{file}: no {name}"
             nodes = found.body
+
+
+def test_every_public_name_is_there():
+    assert {name: getattr(neo_jax, name).__name__ for name in neo_jax.__all__} == {
+        name: name for name in neo_jax.__all__
+    }

@@ -107,7 +107,8 @@ class EngineCore:
 
     def stop(self) -> None:
         """Soon the thread ends. Takes no lock, so a finalizer may call it."""
-        self._inbox.put(self._stop)
+        self._is_stopped = True
+        self._inbox.put(lambda: None)  # wakes the thread
 
     def close(self) -> None:
         """Cancels what is under way and frees the memory."""
@@ -142,9 +143,6 @@ class EngineCore:
                 self._inbox.get(block=wait)()
                 wait = False
 
-    def _stop(self) -> None:
-        self._is_stopped = True
-
     def _step(self) -> bool:
         """Dispatches one step and reads the step before; False if there was neither."""
         step, before = self._scheduler.schedule(), len(self._in_flight)
@@ -158,6 +156,8 @@ class EngineCore:
                 self._take_tokens(self._in_flight[0])
                 self._in_flight.popleft()
         except ProgramError as error:
+            if self._is_stopped:  # the interpreter may be ending, and JAX with it
+                return False
             # Text, because a log that keeps the error would keep the old state alive.
             _LOG.error("a device program failed\n%s", traceback.format_exc())
             failed = error.sequences, f"a device program failed: {error}"
