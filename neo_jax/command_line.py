@@ -20,7 +20,9 @@ def run_command(name: str, command: Callable[[], int], on_interrupt: str = "inte
       on_interrupt: the message after Ctrl-C.
     """
     try:
-        return command()
+        code = command()
+        sys.stdout.flush()  # here, where a reader that has gone is no error
+        return code
     except InputError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2

@@ -53,7 +53,11 @@ def main(
       prog: how the user called it, for help and errors.
       names: the commands that `argv` may name.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    return run_command(prog.split()[-1], lambda: _dispatch(given, prog, names))
+
+
+def _dispatch(argv: list[str], prog: str, names: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(_overview(prog, names))
         return 0 if argv else 2

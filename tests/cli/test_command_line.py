@@ -1,11 +1,14 @@
 """infer.py as a user runs it: an answer, or one line and exit code 2."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
 import infer
-from helpers.golden import GOLDEN, load_case
+from helpers.golden import GOLDEN, ROOT, load_case
 
 MODEL = str(GOLDEN / "generate/hf")
 HUGE = ("--min-pixels", "10000000000", "--max-pixels", "10000000000")
@@ -66,3 +69,14 @@ def test_help_has_an_example(command, capsys):
         infer.main([command, "--help"])
     assert stopped.value.code == 0
     assert f"example: python infer.py {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", [["infer.py", "--help"], ["infer.py", "eval", "--list"]], ids=str)
+def test_a_reader_that_has_gone_is_no_error(line):
+    """As in `neo-ov --help | head -1`: nothing on standard error."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    arguments = [sys.executable, *line]
+    ended = subprocess.run(arguments, stdout=writing, stderr=subprocess.PIPE, cwd=ROOT)
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (141, b"")
