@@ -94,6 +94,7 @@ def test_a_penalty_outlives_a_preemption(model):
     assert engine.stats()["preemptions"] > 0
 
 
+@pytest.mark.slow
 def test_a_bad_request_gets_an_error_and_the_rest_go_on(model):
     good = Request("Hello", sampling=Sampling(max_new_tokens=4))
     bad = {

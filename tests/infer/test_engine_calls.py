@@ -65,6 +65,7 @@ def test_an_engine_with_other_options_takes_the_place_of_the_last(neo):
     assert neo.engine(**OPTIONS | {"slots": 1}) is second
 
 
+@pytest.mark.slow
 def test_a_prompt_too_long_for_the_engine_gets_a_larger_one(neo):
     engine = neo.engine(**OPTIONS)
     assert ask(neo)
@@ -95,6 +96,7 @@ def test_calls_from_many_threads_are_answered_each_for_itself(neo):
     assert neo.engine(**OPTIONS).stats()["blocks_used"] == 0
 
 
+@pytest.mark.slow
 def test_other_options_amid_an_iterator_are_refused_and_it_goes_on(neo):
     alone = texts(neo.generate(REQUESTS, **OPTIONS))
     found = {}
@@ -139,6 +141,7 @@ def test_a_pipeline_that_is_dropped_frees_its_engine(neo):
     assert runner._params is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", ["video", "images"])
 def test_chat_prepares_a_request_once(neo, given, monkeypatch):
     calls, name = [], {"video": "load_video", "images": "resized_pixels"}[given]

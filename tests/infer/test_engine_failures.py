@@ -158,6 +158,7 @@ def failing(name, takes_state):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("takes_state", [False, True])
 @pytest.mark.parametrize("name", ["prefill", "decode"])
 def test_after_a_failed_program_the_same_question_is_answered_right(

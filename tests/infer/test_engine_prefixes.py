@@ -56,6 +56,7 @@ def common_prefix(neo, requests):
     return int(np.argmin([len({one[i] for one in ids}) == 1 for i in range(length)]))
 
 
+@pytest.mark.slow
 def test_a_hit_may_end_inside_an_image(model):
     """Only whole blocks are shared, so where an image ends in the middle of one, a part of it."""
     neo = model(1, 1, 1)

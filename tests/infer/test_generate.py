@@ -93,6 +93,7 @@ def test_decoding_equals_one_full_forward():
     np.testing.assert_allclose(cached, full[len(example.tokens) - 1 : -1], atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cuts", [(8,), (16, 21, 30)], ids=str)
 def test_a_prompt_in_chunks_gives_the_same_logits(cuts):
     neo, (example, golden) = load_case("generate"), prompt_example("text_only")
@@ -126,6 +127,7 @@ def test_the_official_tokens(mesh):
         assert result.finish_reason == "length"
 
 
+@pytest.mark.slow
 def test_stops_at_the_stop_token_and_counts_it():
     golden, meta = arrays("generate", "generate.npz"), read_json("generate", "meta.json")["prompts"]
     stops = {name: meta[name]["eos_stop"] for name in PROMPTS}

@@ -69,6 +69,7 @@ class Programs:
             self.state = programs.set_seen(self.state, np.int32(device), np.int32(lane), ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 1, 2)], ids=str)
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 def test_the_official_tokens_in_lanes_of_one_pool(mesh, penalty):
@@ -102,6 +103,7 @@ def test_the_official_tokens_in_lanes_of_one_pool(mesh, penalty):
         assert answer == golden[f"{name}_{kind}"][:STEPS].tolist(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 2, 2)], ids=str)
 def test_a_sequence_goes_on_in_other_blocks_after_it_was_preempted(mesh):
     """Prompt and sampled tokens are put in again, in chunks, beside a lane that goes on."""
