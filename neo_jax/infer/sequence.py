@@ -121,11 +121,6 @@ class Step:
     def __bool__(self) -> bool:
         return bool(self.prefills or self.decodes)
 
-    @property
-    def is_fresh(self) -> bool:
-        """All chunks begin their sequences, so no key of the cache is needed."""
-        return all(prefill.start == 0 for prefill in self.prefills)
-
 
 def num_rows(start: int, stop: int, block_size: int) -> int:
     """How many rows of a prefill the tokens [start, stop) take: as many as blocks they touch."""

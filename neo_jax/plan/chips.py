@@ -25,11 +25,6 @@ class Chip:
     flags: tuple[tuple[str, str], ...]  # of the compiler, for runs and plans
     to_read: tuple[tuple[str, str], ...]  # for plans only
 
-    @property
-    def libtpu_args(self) -> str:
-        """The flags as the LIBTPU_INIT_ARGS of a run."""
-        return " ".join(f"--{name}={value}" for name, value in self.flags)
-
     def options(self, with_flags: bool = True) -> dict[str, str]:
         """The compiler's options for a plan."""
         return dict(self.to_read) | (dict(self.flags) if with_flags else {})

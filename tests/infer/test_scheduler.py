@@ -31,7 +31,7 @@ def test_a_long_prompt_is_prefilled_chunk_by_chunk():
     steps = run(new_model(), text(0, 35, new=1))
     assert [chunks(step) for step in steps] == [[(0, 0, 16)], [(0, 16, 32)], [(0, 32, 35)]]
     assert [step.prefills[0].samples for step in steps] == [False, False, True]
-    assert [step.is_fresh for step in steps] == [True, False, False]
+    assert [all(one.start == 0 for one in step.prefills) for step in steps] == [True, False, False]
 
 
 def test_a_prefilled_sequence_decodes_in_the_next_step():
